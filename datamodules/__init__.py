@@ -1,0 +1,1 @@
+"""Tars to batches: shard writing, index, the deterministic stream, decoding and augmentation."""

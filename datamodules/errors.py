@@ -1,0 +1,5 @@
+"""The one exception of this room that a user can cause; the `trivit` command prints it as one line and exits with 2."""
+
+
+class DataError(ValueError):
+    """What the user gave cannot work; the message is one line that says what is wrong and what to do."""

@@ -1,0 +1,1 @@
+"""How good an encoder is: features, probes, pictures and the report."""

@@ -1,0 +1,1 @@
+"""One run: the `trivit` command, configuration, Trainer assembly, callbacks and checkpoints."""

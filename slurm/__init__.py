@@ -1,0 +1,1 @@
+"""SLURM batch scripts and their submission (no torch here)."""
