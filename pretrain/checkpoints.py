@@ -1,0 +1,76 @@
+"""Atomic checkpoints at optimiser steps: `checkpoints/last.ckpt` is always a whole one."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pretrain.errors import RunError
+from pretrain.guard import FiniteGuard
+from pretrain.stop import StopRequest
+
+
+class Checkpoints(Callback):
+    """Saves `last.ckpt` every `every` optimiser steps, at the end, and when the ranks agreed to stop."""
+
+    def __init__(self, directory: Path, every: int, stop: StopRequest, guard: FiniteGuard) -> None:
+        self.directory = directory
+        self.every = every
+        self.stop = stop
+        self.guard = guard
+        self._saved_step = -1
+
+    @property
+    def last(self) -> Path:
+        """The newest whole checkpoint."""
+        return self.directory / "last.ckpt"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing new to save before the first step; Lightning has replaced some signal handlers by now."""
+        self._saved_step = trainer.global_step
+        self.stop.listen()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time; end the run after the step in which the ranks agreed to stop."""
+        step = trainer.global_step
+        if step == self._saved_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if step % self.every == 0 or step == trainer.max_steps or self.stop.agreed is not None:
+            self.save(trainer)
+        if self.stop.agreed is not None:
+            trainer.should_stop = True
+
+    def save(self, trainer: Trainer) -> None:
+        """Collective: write aside, flush to the disk, rename; a full disk leaves the previous checkpoint as it is."""
+        self.guard.check_before_saving(trainer)
+        aside = self.directory / "last.ckpt.part"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            trainer.save_checkpoint(aside)
+            if trainer.is_global_zero:
+                with aside.open("rb+") as file:
+                    os.fsync(file.fileno())
+                aside.replace(self.last)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            kept = f"the checkpoint of step {self._saved_step} is whole" if self.last.exists() else "there is no other"
+            raise RunError(
+                f"could not write a checkpoint to {self.directory} ({error.strerror or error}); {kept}. "
+                "Make room and run the same command again"
+            ) from error
+        self._saved_step = trainer.global_step
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step at which a checkpoint was written; RunError when the file is damaged."""
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["global_step"])
+    except Exception as error:
+        raise RunError(
+            f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin this run anew, or restore a copy"
+        ) from error

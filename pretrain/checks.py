@@ -1,0 +1,72 @@
+"""What a config means: values that follow from others, and combinations that cannot work."""
+
+from dataclasses import fields
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+
+from pretrain.errors import RunError
+from tasks.encoders import EncoderConfig
+
+# trivit decides these itself; a user who set one would be ignored, so it is refused with the key to use instead.
+DERIVED = {
+    "accumulate_grad_batches": "data.global_batch_size and data.device_batch_size",
+    "max_epochs": "epochs",
+    "min_epochs": "epochs",
+    "max_time": "epochs or trainer.max_steps",
+    "limit_train_batches": "trainer.max_steps",
+    "overfit_batches": "trainer.max_steps",
+    "logger": "wandb (metrics.csv is always written)",
+    "profiler": "nothing: metrics.csv says where the time goes",
+    "enable_checkpointing": "checkpoint_every",
+    "default_root_dir": "output",
+    "fast_dev_run": "trainer.max_steps",
+}
+
+
+def check(config: Namespace) -> None:
+    """RunError for the first combination of keys that cannot work; nothing is built or written for it."""
+    if not config.output:
+        raise RunError("--output is missing: name the folder of this run, for example --output runs/first")
+    steps = config.trainer.max_steps
+    if (config.epochs is None) == (steps is None or steps < 0):
+        raise RunError("give the length of the run once: epochs, or trainer.max_steps")
+    if config.epochs is not None and config.epochs <= 0:
+        raise RunError(f"epochs must be positive, not {config.epochs}")
+    if steps == 0:
+        raise RunError("trainer.max_steps must be positive, not 0")
+    for key in ("checkpoint_every", "log_every"):
+        if config[key] < 1:
+            raise RunError(f"{key} counts optimiser steps and must be at least 1, not {config[key]}")
+    defaults = {p: v.default for p, v in _signature(Trainer).items()}
+    for key, instead in DERIVED.items():
+        value = config.trainer.get(key)
+        if value is not None and value != defaults[key]:
+            raise RunError(f"trainer.{key} follows from other settings; use {instead}")
+
+
+def fill_in(config: Namespace) -> None:
+    """The encoder's input is what the data delivers: image size, mean and standard deviation."""
+    encoder = config.model.init_args.encoder
+    default = {f.name: f.default for f in fields(EncoderConfig)}
+    crop = config.data.recipe.init_args.crop_size
+    if encoder.image_size not in (default["image_size"], crop):
+        raise RunError(
+            f"model.encoder.image_size {encoder.image_size} is not data.recipe.crop_size {crop}; "
+            "set the crop size only, the encoder follows it"
+        )
+    encoder.image_size = crop
+    encoder.mean, encoder.std = config.data.mean, config.data.std
+
+
+def max_steps(config: Namespace, steps_per_epoch: int) -> int:
+    """Length of the run in optimiser steps."""
+    if config.epochs is None:
+        return int(config.trainer.max_steps)
+    return max(1, round(config.epochs * steps_per_epoch))
+
+
+def _signature(cls: type):  # type: ignore[no-untyped-def]
+    from inspect import signature
+
+    return signature(cls.__init__).parameters

@@ -1,0 +1,205 @@
+"""The `trivit` command: one parser, no heavy import before a command has been chosen.
+
+Exit codes: 0 done, 1 findings or failure, 2 the user's input, 99 please requeue, 130 interrupted (saved).
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+ROOMS_WITH_ERRORS = ("pretrain", "evaluation", "tasks", "datamodules")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one `trivit` command and return its exit code; a user's mistake becomes one line on stderr and code 2."""
+    arguments, rest = build_parser().parse_known_args(argv)
+    if rest and not arguments.takes_rest:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(arguments.run(arguments, rest) or 0)
+    except KeyboardInterrupt:
+        print("trivit: interrupted before there was anything to save", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        line = user_message(error)
+        if line is None:
+            raise
+        print(f"trivit: {line}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+
+
+def user_message(error: Exception) -> str | None:
+    """The line for a mistake that a user can repair, or None when the error is a bug of ours."""
+    kinds = [import_module(f"{room}.errors") for room in ROOMS_WITH_ERRORS]
+    names = ("RunError", "EvaluationError", "TaskError", "DataError")
+    known = tuple(getattr(kind, name) for kind, name in zip(kinds, names, strict=True))
+    if isinstance(error, known):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again"
+    if isinstance(error, PermissionError):
+        return f"permission denied: {error.filename}"
+    return None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options; `pretrain` keeps its own (LightningCLI), shown by `trivit pretrain --help`."""
+    parser = argparse.ArgumentParser(
+        prog="trivit", description="Pretrain Vision Transformers without labels, and say honestly how good they are."
+    )
+    parser.add_argument("--version", action="version", version=f"trivit {version('trivit')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_shards(commands)
+    _add_pretrain(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
+    _add_export(commands)
+    return parser
+
+
+Run = Callable[[argparse.Namespace, list[str]], int | None]
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Run, text: str, rest: bool = False
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", add_help=not rest)
+    parser.set_defaults(run=run, takes_rest=rest, parser=parser)
+    return parser
+
+
+def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    shards = commands.add_parser("shards", help="write, check and look at tar shards")
+    kinds = shards.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    synth = _command(kinds, "synth", _synth, "draw captioned, labelled images with masks by a program")
+    synth.add_argument("directory", metavar="DIR")
+    synth.add_argument("--samples", type=int, default=20_000)
+    synth.add_argument("--size", type=int, default=64, help="pixels per side (default 64)")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--samples-per-shard", type=int, default=2_000)
+
+    pack = _command(kinds, "pack", _pack, "pack class folders, a flat folder, or a tar of either into shards")
+    pack.add_argument("source", metavar="SRC")
+    pack.add_argument("directory", metavar="DIR")
+    pack.add_argument("--resize", type=int, help="shorter side in pixels (default: bytes stay as they are)")
+    pack.add_argument("--quality", type=int, default=90, help="JPEG quality when resizing (default 90)")
+    pack.add_argument("--captions", help="table with a file name and a caption per row (.tsv, .csv or .jsonl)")
+    pack.add_argument("--samples-per-shard", type=int, default=2_000)
+
+    verify = _command(kinds, "verify", _verify, "read everything and tell what is wrong and where (exit code 1)")
+    verify.add_argument("directory", metavar="DIR")
+
+    inspect = _command(kinds, "inspect", _inspect, "counts, sizes, keys and a contact sheet")
+    inspect.add_argument("directory", metavar="DIR")
+    inspect.add_argument("--sheet", help="where to write the contact sheet (default DIR/contact_sheet.png)")
+
+
+def _add_pretrain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    _command(commands, "pretrain", _pretrain, "train an encoder; the same command with the same output resumes", True)
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = _command(commands, "evaluate", _evaluate, "score an encoder with probes")
+    evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT")
+    evaluate.add_argument("--train", required=True, metavar="DIR", help="labelled tars or class folders to learn from")
+    evaluate.add_argument("--test", required=True, metavar="DIR", help="labelled tars or class folders to score on")
+    evaluate.add_argument("--probes", default="knn,linear", help="comma-separated: knn, linear (default: both)")
+    evaluate.add_argument("--output", metavar="DIR", help="where results.json goes (default: the run)")
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    report = _command(commands, "report", _report, "one self-contained report.html for one or several runs")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("--output", metavar="FILE", help="default: report.html in the first run")
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    export = _command(commands, "export", _export, "write the encoder of a run or checkpoint alone")
+    export.add_argument("source", metavar="CHECKPOINT")
+    export.add_argument("output", metavar="OUT")
+    export.add_argument("--format", choices=["safetensors"], default="safetensors")
+
+
+def _synth(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from datamodules.synth import synth
+
+    synth(
+        arguments.directory,
+        samples=arguments.samples,
+        size=arguments.size,
+        seed=arguments.seed,
+        samples_per_shard=arguments.samples_per_shard,
+    )
+    return 0
+
+
+def _pack(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from datamodules.pack import pack
+
+    pack(
+        arguments.source,
+        arguments.directory,
+        resize=arguments.resize,
+        quality=arguments.quality,
+        captions=arguments.captions,
+        samples_per_shard=arguments.samples_per_shard,
+    )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from datamodules.verify import verify_command
+
+    return verify_command(arguments.directory)
+
+
+def _inspect(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from datamodules.inspect_shards import inspect_command
+
+    return inspect_command(arguments.directory, sheet=arguments.sheet)
+
+
+def _pretrain(_: argparse.Namespace, rest: list[str]) -> int | None:
+    from pretrain.run import pretrain_command
+
+    return pretrain_command(rest)
+
+
+def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from evaluation.evaluate import evaluate
+
+    evaluate(
+        arguments.source,
+        train=arguments.train,
+        test=arguments.test,
+        probes=tuple(name.strip() for name in arguments.probes.split(",")),
+        output=arguments.output,
+    )
+    return 0
+
+
+def _report(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from evaluation.report import report
+
+    print(report(arguments.runs, output=arguments.output))
+    return 0
+
+
+def _export(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from tasks.encoder_files import load_encoder, save_encoder
+
+    save_encoder(load_encoder(arguments.source), arguments.output)
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Configuration: YAML and command line into one checked whole (LightningCLI, jsonargparse).
+
+Top level: `seed`, `epochs`, `output`, `checkpoint_every`, `log_every`, `wandb`, `allow_changes`; then `model` (a task
+of `tasks/`), `data` (ShardDataModule) and `trainer` (lightning.pytorch.Trainer).
+"""
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import seed_everything
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from datamodules.shard_datamodule import ShardDataModule
+from pretrain.errors import RunError
+from tasks.task import PretrainTask
+
+SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+
+
+class PretrainCLI(LightningCLI):
+    """Parses and checks; `pretrain.run` instantiates, so that bad input ends before anything is built."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+        super().__init__(
+            PretrainTask,
+            ShardDataModule,
+            save_config_callback=None,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"exit_on_error": False, "prog": "trivit pretrain", "description": "Train an encoder."},
+            args=arguments,
+            run=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The keys of a run."""
+        parser.add_argument("--seed", type=int, default=0, help="of initialisation, data order, crops and masks")
+        parser.add_argument("--epochs", type=float | None, default=None, help="length; or trainer.max_steps, not both")
+        parser.add_argument("--output", type=str | None, default=None, help="folder of this run (required)")
+        parser.add_argument("--checkpoint_every", type=int, default=1000, help="optimiser steps between checkpoints")
+        parser.add_argument("--log_every", type=int, default=10, help="optimiser steps between rows of metrics.csv")
+        parser.add_argument(
+            "--wandb", type=Literal["online", "offline"] | None, default=None, help="also log to Weights & Biases"
+        )
+        parser.add_argument(
+            "--allow_changes", type=list[str], default=[], help="keys that may differ from the run being resumed"
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One seed for everything; a run has no validation loop."""
+        parser.link_arguments("seed", "data.seed")
+        parser.set_defaults({"trainer.max_steps": -1})
+
+    def _set_seed(self) -> None:
+        logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+        seed_everything(self.config.seed, workers=True, verbose=False)
+
+    def instantiate_classes(self) -> None:
+        """Left to `pretrain.run`."""
+
+
+def parse(arguments: list[str]) -> tuple[PretrainCLI, Namespace]:
+    """Command line (with `--config FILE_OR_SHIPPED_NAME`) -> parser and config; RunError in one line if it is wrong."""
+    try:
+        cli = PretrainCLI(find_configs(arguments))
+    except (ArgumentError, argparse.ArgumentError) as error:
+        raise RunError(shorten(str(error))) from error
+    return cli, cli.config
+
+
+def find_configs(arguments: list[str]) -> list[str]:
+    """Replace the bare name of a shipped config by its path; RunError when there is no such file."""
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        if not equals:
+            if i + 1 == len(arguments):
+                raise RunError("--config needs the path or the name of a YAML file")
+            value = arguments[i + 1]
+        path = Path(value)
+        if not path.is_file():
+            path = SHIPPED / f"{value.removesuffix('.yaml')}.yaml"
+        if not path.is_file():
+            names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+            raise RunError(f"--config {value}: no such file, and no shipped config of that name ({names})")
+        try:
+            if not isinstance(yaml.safe_load(path.read_text()), dict):
+                raise RunError(f"--config {path}: this is not a YAML mapping of settings")
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
+        if equals:
+            found[i] = f"{flag}={path}"
+        else:
+            found[i + 1] = str(path)
+    return found
+
+
+def shorten(message: str) -> str:
+    """The cause in one line: jsonargparse reports a bad key inside a class as a union of every type it tried."""
+    lines = [line.strip(" -\t") for line in message.splitlines() if line.strip()]
+    telling = (
+        "is not accepted",
+        "not in group",
+        "No action for",
+        "Unrecognized",
+        "Option",
+        'Key "',
+        "does not match",
+        "Expected",
+        "is required",
+        "not a member",
+    )  # noqa: E501
+    cause = [line for line in lines if any(word in line for word in telling)]
+    text = (cause[-1] if cause else lines[-1]) if lines else message
+    first = lines[0] if lines and lines[0] != text and len(lines[0]) < 160 else ""
+    return f"{first.rstrip(':')}: {text}" if first else text
+
+
+def plain(config: Namespace) -> dict[str, Any]:
+    """Nested dict of built-in types, as it is written to config.yaml."""
+    tree = config.as_dict()
+    tree.pop("config", None)
+    return tree  # type: ignore[no-any-return]

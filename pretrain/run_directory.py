@@ -1,0 +1,106 @@
+"""The folder of one run: whose it is, whether it is finished, and what may change when it goes on.
+
+config.yaml   metrics.csv   checkpoints/last.ckpt   bad_samples.jsonl   results.json   report.html
+"""
+
+import fcntl
+import hashlib
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from pretrain.checkpoints import step_of
+from pretrain.errors import RunError
+
+# What does not change what is learned: where and how fast it runs, and how often it reports. `data.train` may move,
+# because the manifest hash in the checkpoint still tells whether it is the same data.
+MAY_CHANGE = (
+    "output", "allow_changes", "checkpoint_every", "log_every", "wandb",
+    "data.train", "data.workers", "data.device_batch_size", "data.bad_sample_budget",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark",
+)  # fmt: skip
+
+
+class RunDirectory:
+    """`--output`: created, or checked to be the run that this command means."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.csv"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self._lock: TextIO | None = None
+
+    def claim(self) -> None:
+        """Create the folder and lock it; RunError when it is something else's or another process trains in it."""
+        if self.path.is_file():
+            raise RunError(f"--output {self.path} is a file; name a folder")
+        if self.path.is_dir() and not self.config.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise RunError(f"--output {self.path} holds files but no trivit run; name a new or empty folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"--output {self.path} cannot be written ({error.strerror}); name another folder") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"another process trains in {self.path}; wait for it or name another --output") from error
+
+    def release(self) -> None:
+        """Let another process train here; a folder in which nothing happened is removed."""
+        if self._lock is None:
+            return
+        self._lock.close()
+        self._lock = None
+        if [p.name for p in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml aside and rename it."""
+        aside = self.path / "config.yaml.part"
+        aside.write_text(text)
+        aside.replace(self.config)
+
+    def wandb_id(self) -> str:
+        """The same for every process that trains in this folder, so that a resumed run stays one run in wandb."""
+        return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
+
+    def step(self) -> int | None:
+        """Optimiser step of the last checkpoint; None before the first one."""
+        return step_of(self.last) if self.last.exists() else None
+
+    def check_same_run(self, config: dict[str, Any], allowed: list[str]) -> None:
+        """RunError when `config` differs from the saved one in a key that changes what is learned.
+
+        Keys under a prefix in `allowed` may differ too: the user said so.
+        """
+        saved = flatten(yaml.safe_load(self.config.read_text()) or {})
+        now = flatten(config)
+        free = (*MAY_CHANGE, *allowed)
+        changed = [
+            key
+            for key in sorted(saved.keys() | now.keys())
+            if saved.get(key) != now.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
+        ]
+        if changed:
+            what = "; ".join(f"{key}: {saved.get(key)} -> {now.get(key)}" for key in changed[:5])
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise RunError(
+                f"{self.path} is a run with other settings ({what}{more}); name another --output, or go on with the "
+                f"new ones by --allow_changes [{','.join(changed)}]"
+            )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; `init_args` does not show, as on the command line."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        flat |= flatten(value, path)
+    return flat
