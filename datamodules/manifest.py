@@ -1,0 +1,186 @@
+"""The manifest of a data set: its shards, counts and class names in one small file, so that starting reads no tar.
+
+`manifest.json` lies beside the tars (or in the cache when they are read-only). It is the truth about the set: a shard
+that is cut or gone keeps its place in it, so that the loader misses the lost samples and counts them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from datamodules.errors import DataError
+from datamodules.sidecars import read_sidecar, write_sidecar
+from datamodules.tar_index import ShardIndex, cannot_read, read_index
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+CLASSES = "classes.txt"
+log = logging.getLogger("trivit")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a set: file name, number of samples, bytes, digest of its index, number of findings in it."""
+
+    name: str
+    samples: int
+    bytes: int
+    digest: str
+    findings: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A set of shards in the order of their names.
+
+    `classes`: the name of each label, empty when unknown (a label is then called by its number); `members`: extension
+    -> how many samples have it; `made_by`: what wrote the set; `hash`: over names, sizes, offsets and classes.
+    """
+
+    root: Path
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] = ()
+    members: dict[str, int] = field(default_factory=dict)
+    made_by: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Samples of each shard."""
+        return np.array([shard.samples for shard in self.shards], np.int64)
+
+    @property
+    def hash(self) -> str:
+        """The same for two copies of one set wherever they lie, another one after any change that matters."""
+        rows = [(shard.name, shard.samples, shard.bytes, shard.digest) for shard in self.shards]
+        return hashlib.sha256(json.dumps([rows, self.classes]).encode()).hexdigest()[:32]
+
+    def path(self, shard: int) -> Path:
+        """Where the tar of shard number `shard` lies."""
+        return self.root / self.shards[shard].name
+
+    def to_bytes(self) -> bytes:
+        """The content of manifest.json."""
+        about = {
+            "format": FORMAT, "hash": self.hash, "samples": self.num_samples, "made_by": self.made_by,
+            "members": self.members, "classes": self.classes, "shards": [vars(shard) for shard in self.shards],
+        }  # fmt: skip
+        return (json.dumps(about, indent=1) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, root: Path, data: bytes) -> "Manifest":
+        """Read manifest.json; ValueError when it is damaged, of another format, or was edited."""
+        try:
+            about: dict[str, Any] = json.loads(data)
+            shards = tuple(Shard(**shard) for shard in about["shards"])
+            manifest = cls(root, shards, tuple(about["classes"]), about["members"], about["made_by"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a manifest: {error}") from error
+        if about["format"] != FORMAT or about["hash"] != manifest.hash:
+            raise ValueError("a manifest of another format, or edited")
+        return manifest
+
+
+def describe_shard(index: ShardIndex) -> Shard:
+    """The manifest's entry for one indexed tar."""
+    digest = hashlib.sha256(json.dumps(index.extensions).encode())
+    for name in ("first", "extension", "offset", "size", "key_end", "keys"):
+        digest.update(index.arrays[name].tobytes())
+    return Shard(Path(index.path).name, len(index), index.tar_bytes, digest.hexdigest()[:32], len(index.findings))
+
+
+def load_manifest(root: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the tars in the folder `root`; made (with a progress bar) when it is missing or out of date.
+
+    Shards that were cut or removed stay in it, with a warning; new or replaced ones make it anew.
+
+    Raises:
+        DataError: when there is no such folder, no tar in it, no sample in the tars, or the set is unfinished.
+    """
+    root = Path(root)
+    sizes = list_tars(root)
+    for _, data in read_sidecar(root / MANIFEST):
+        try:
+            manifest = Manifest.from_bytes(root, data)
+        except ValueError:
+            continue
+        if _holds(manifest, sizes):
+            return manifest
+    return build_manifest(root, sorted(sizes))
+
+
+def build_manifest(root: Path, names: Iterable[str]) -> Manifest:
+    """Index the tars `names` in `root` as far as necessary and write the manifest; `classes.txt` names the classes."""
+    names = list(names)
+    shards, members = [], Counter[str]()
+    for name in tqdm(names, desc="indexing", unit="shard", disable=None, leave=False):
+        index = read_index(root / name)
+        shards.append(describe_shard(index))
+        members += index.extension_counts()
+    if not sum(shard.samples for shard in shards):
+        raise DataError(f"{root}: its {len(names)} tars hold no samples (files called KEY.EXTENSION)")
+    listed = root / CLASSES
+    classes = listed.read_text("utf-8").splitlines() if listed.is_file() else ()
+    manifest = Manifest(root, tuple(shards), tuple(classes), dict(sorted(members.items())))
+    write_sidecar(root / MANIFEST, manifest.to_bytes())
+    return manifest
+
+
+def list_tars(root: Path) -> dict[str, int]:
+    """File name -> bytes of every tar in a folder; DataError as in `load_manifest`."""
+    try:
+        with os.scandir(root) as entries:
+            files = {entry.name: entry for entry in entries}
+        if UNFINISHED in files:
+            made_by = json.loads((root / UNFINISHED).read_text("utf-8")).get("made_by", "")
+            raise DataError(f"{root} is unfinished: run the command that began it again ({made_by or 'unknown'})")
+        sizes = {
+            name: entry.stat().st_size
+            for name, entry in files.items()
+            if name.endswith(".tar") and not name.startswith(".") and entry.is_file()
+        }
+        if sizes:
+            return sizes
+        below = sorted(name for name, entry in files.items() if entry.is_dir() and any(Path(entry.path).glob("*.tar")))
+    except NotADirectoryError as error:
+        raise DataError(f"{root} is not a folder: give the folder that holds the tars") from error
+    except OSError as error:
+        raise DataError(cannot_read(root, error)) from error
+    hint = f"; did you mean {root / below[0]}?" if below else ""
+    raise DataError(f"{root} holds no .tar files{hint}")
+
+
+def _holds(manifest: Manifest, sizes: dict[str, int]) -> bool:
+    """Whether a manifest still describes the folder, apart from damage, which is told but changes nothing."""
+    listed = {shard.name: shard for shard in manifest.shards}
+    if set(sizes) - set(listed):
+        return False
+    cut, gone = [], sorted(set(listed) - set(sizes))
+    for name, size in sizes.items():
+        if size != listed[name].bytes:
+            if describe_shard(read_index(manifest.root / name)).digest != listed[name].digest:
+                return False
+            cut.append(name)
+    about = [f"{len(names)} of {len(listed)} shards {what} (first: {names[0]})"
+             for names, what in ((gone, "are missing"), (cut, "were cut off")) if names]  # fmt: skip
+    if about:
+        log.warning(
+            "%s: %s since %s was written. Their samples count as bad; if this is meant, delete %s",
+            manifest.root, " and ".join(about), MANIFEST, MANIFEST,
+        )  # fmt: skip
+    return True

@@ -1,0 +1,200 @@
+"""Writing shards: webdataset's TarWriter underneath, the same bytes every time, whole or absent, indexed as written."""
+
+import contextlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from datamodules.errors import DataError
+from datamodules.manifest import MANIFEST, UNFINISHED, Manifest, Shard, describe_shard
+from datamodules.sidecars import cannot_write, write_aside
+from datamodules.tar_index import INDEX_SUFFIX, ShardIndex, cannot_read, scan_tar
+
+LONGEST_NAME = 100
+"""Bytes of key and extension together that every tar format holds without extension headers."""
+
+
+class ShardFile:
+    """One tar being written under another name; `close` indexes it, checksums included, and gives it its own."""
+
+    def __init__(self, path: Path) -> None:
+        from webdataset.writer import TarWriter  # imports torch: some seconds
+
+        self.path = path
+        self.aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.crc32: list[int] = []
+        self.samples = 0
+        self._file = self.aside.open("wb")
+        self._tar: Any = TarWriter(self._file, encoder=False, mtime=0.0, user="", group="")
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append one sample. OSError when the disk is full."""
+        self._tar.write({"__key__": key} | dict(members))
+        self.crc32 += [zlib.crc32(members[extension]) for extension in sorted(members)]  # TarWriter sorts, too
+        self.samples += 1
+
+    def close(self) -> ShardIndex:
+        """Finish the tar, put its index and then itself in place, and return the index."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = scan_tar(self.aside).with_crc32(self.crc32)
+        index.path = str(self.path)
+        if index.findings or len(index) != self.samples:
+            raise RuntimeError(f"{self.path}: what was written does not read back: {index.findings[:1]}")
+        write_aside(self.path.with_name(self.path.name + INDEX_SUFFIX), index.to_bytes())
+        self.aside.replace(self.path)
+        return index
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self.aside.unlink()
+
+
+class ShardWriter:
+    """Writes a whole set, one sample after the other, and its manifest on a clean exit.
+
+    Until then a file `unfinished.json` marks the folder, so that a half-written set is never taken for a whole one; the
+    same writer (by `made_by`) then begins anew. Samples are written in the order given: shuffle before.
+
+    Args:
+        dst: the folder; made if necessary.
+        samples_per_shard: the last shard may hold fewer.
+        classes: names of the labels in `cls` members.
+        prefix: shards are called PREFIX-000000.tar and so on.
+        made_by: what makes the set, with its settings, for the manifest and for messages.
+
+    Raises:
+        DataError: when the folder holds another set or cannot be written, or the disk is full.
+    """
+
+    def __init__(
+        self, dst: str | os.PathLike[str], *, samples_per_shard: int = 1000, classes: Sequence[str] = (),
+        prefix: str = "shard", made_by: str = "",
+    ) -> None:  # fmt: skip
+        if samples_per_shard < 1:
+            raise DataError(f"a shard needs at least 1 sample, not {samples_per_shard}")
+        self.dst = Path(dst)
+        self.samples_per_shard = samples_per_shard
+        self.classes = tuple(classes)
+        self.prefix = prefix
+        self.made_by = made_by
+        self.manifest: Manifest | None = None
+        self._shards: list[Shard] = []
+        self._members: Counter[str] = Counter()
+        self._keys: set[int] = set()
+        self._file: ShardFile | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        begin_set(self.dst, self.made_by)
+        for old in self.dst.glob(f"*{self.prefix}-*.tar*"):
+            old.unlink()
+        return self
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append one sample: extension -> bytes. ValueError for a key that is unsafe, too long or was there before."""
+        check_sample(key, members)
+        if hash(key) in self._keys:
+            raise ValueError(f"the key {key!r} was written before")
+        self._keys.add(hash(key))
+        try:
+            if self._file is None:
+                self._file = ShardFile(self.dst / shard_name(self.prefix, len(self._shards)))
+            self._file.write(key, members)
+            if self._file.samples == self.samples_per_shard:
+                self._close_shard()
+        except OSError as error:
+            raise DataError(cannot_write(self.dst / "a shard", error)) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._close_shard()
+                self.manifest = Manifest(
+                    self.dst, tuple(self._shards), self.classes, dict(sorted(self._members.items())), self.made_by
+                )
+                finish_set(self.manifest)
+        except OSError as failure:
+            raise DataError(cannot_write(self.dst / MANIFEST, failure)) from failure
+        finally:
+            if self._file is not None:
+                self._file.abort()
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        index = self._file.close()
+        self._file = None
+        self._shards.append(describe_shard(index))
+        self._members += index.extension_counts()
+
+
+def shard_name(prefix: str, number: int) -> str:
+    """File name of a shard; names sort like numbers."""
+    return f"{prefix}-{number:06d}.tar"
+
+
+def check_sample(key: str, members: Mapping[str, bytes]) -> None:
+    """ValueError when a sample could not be read back under this key and these extensions, or the key is unsafe."""
+    parts = key.split("/")
+    if "." in parts[-1] or any(part in ("", ".", "..") for part in parts) or not key.isprintable() or "\\" in key:
+        raise ValueError(f"{key!r} is no key: no dots in the base name, no '..', no empty parts, nothing unprintable")
+    for extension in members:
+        name = f"{key}.{extension}"
+        if not extension or extension != extension.lower() or extension[0] == "_" or "/" in extension:
+            raise ValueError(f"{extension!r} is no extension: lower case, no slash, no underscore in front")
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"{name!r} has more than {LONGEST_NAME} bytes")
+    if not members:
+        raise ValueError(f"the sample {key!r} has no members")
+
+
+def begin_set(dst: Path, made_by: str) -> bool:
+    """Mark a folder as unfinished; returns whether the same command had begun it before.
+
+    Raises:
+        DataError: when the folder holds a finished set, one begun by another command, or cannot be written.
+    """
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+        present = {entry.name for entry in dst.iterdir()}
+    except FileExistsError as error:
+        raise DataError(f"{dst} is a file: give a folder for the shards") from error
+    except OSError as error:
+        raise DataError(cannot_write(dst, error)) from error
+    if UNFINISHED in present:
+        try:
+            before = json.loads((dst / UNFINISHED).read_text("utf-8"))["made_by"]
+        except OSError as error:
+            raise DataError(cannot_read(dst / UNFINISHED, error)) from error
+        except (ValueError, KeyError, TypeError):
+            before = "an unknown command"
+        if before != made_by:
+            raise DataError(f"{dst} was begun with other settings ({before}): delete it, or choose another folder")
+        return True
+    if MANIFEST in present or any(name.endswith(".tar") for name in present):
+        raise DataError(f"{dst} already holds shards: choose an empty folder, sets are not mixed")
+    try:
+        write_aside(dst / UNFINISHED, json.dumps({"made_by": made_by}).encode())
+    except OSError as error:
+        raise DataError(cannot_write(dst / UNFINISHED, error)) from error
+    return False
+
+
+def finish_set(manifest: Manifest) -> None:
+    """Write the manifest and take the mark away."""
+    if not manifest.num_samples:
+        raise DataError(f"{manifest.root}: no sample was written")
+    write_aside(manifest.root / MANIFEST, manifest.to_bytes())
+    (manifest.root / UNFINISHED).unlink()
