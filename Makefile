@@ -11,7 +11,11 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	BIN=$(BIN) sh benchmarks/demo.sh
+	$(BIN)/trivit shards synth demo/train --samples 20000
+	$(BIN)/trivit shards synth demo/test --samples 2000 --seed 1
+	$(BIN)/trivit pretrain --config mae_demo --data.train demo/train --output demo/mae
+	$(BIN)/trivit evaluate demo/mae --train demo/train --test demo/test
+	$(BIN)/trivit report demo/mae
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,0 +1,90 @@
+"""What the program adds to a training step: `trivit pretrain` against the same module in a bare PyTorch loop.
+
+Both train the TIN-40 model on the same stream with the same optimiser and schedule, in turns within one process, so
+that a busy machine slows both alike. A step is timed from the end of the one before, data waiting included; the first
+steps of each turn (worker start-up, first allocations) are left out. Reported: medians and the ratio.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from benchmarks.table import Row
+from datamodules.normalize import normalize
+from datamodules.shard_datamodule import ShardDataModule
+from datamodules.synth import synth
+from pretrain.config import parse
+from pretrain.run import train
+from tasks.mae import MAE
+from tasks.masks import random_noise
+from tasks.task import PretrainTask
+
+WARM_UP = 4
+
+
+class _Clock(Callback):
+    """Time between the ends of consecutive steps, in seconds."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def measure(rounds: int = 6, steps: int = 24) -> list[Row]:
+    """Milliseconds a step of the program and of the bare loop, `rounds` turns each of `steps` steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        synth(data, samples=4096, size=64, seed=0)
+        program, bare = [], []
+        for turn in range(rounds):
+            program += _program(data, Path(folder) / f"run{turn}", steps)
+            bare += _bare(data, Path(folder) / f"bare{turn}", steps)
+    ours, plain = statistics.median(program), statistics.median(bare)
+    return [Row("overhead", "MAE 192x6, 64 px, batch 128", "ms per step", 1e3 * ours, 1e3 * plain, "bare PyTorch loop")]
+
+
+def _config(data: Path, output: Path, steps: int) -> tuple[Any, Namespace]:
+    return parse(["--config", "mae_tin40", "--data.train", str(data), "--output", str(output),
+                  "--trainer.max_steps", str(steps), "--model.warmup_steps", "4"])  # fmt: skip
+
+
+def _program(data: Path, output: Path, steps: int) -> list[float]:
+    cli, config = _config(data, output, steps)
+    clock = _Clock()
+    config.trainer.callbacks = [clock]
+    train(cli, config)
+    return _gaps(clock.ends)
+
+
+def _bare(data: Path, output: Path, steps: int) -> list[float]:
+    cli, config = _config(data, output, steps)
+    parts = cli.parser.instantiate_classes(config)
+    task: PretrainTask = parts.model
+    source: ShardDataModule = parts.data
+    source.setup("fit")
+    model: MAE = task.model  # type: ignore[assignment]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    loader = DataLoader(source.stream(1, 0), batch_size=None, sampler=range(steps), num_workers=source.num_workers)
+    ends = []
+    for batch in loader:
+        images = normalize(batch["image"], source.mean, source.std)
+        noise = random_noise(batch["rng"], model.encoder.num_patches, "mask")
+        loss = model(images, noise).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        ends.append(time.perf_counter())
+    return _gaps(ends)
+
+
+def _gaps(ends: list[float]) -> list[float]:
+    return [b - a for a, b in zip(ends[WARM_UP:], ends[WARM_UP + 1 :], strict=False)]
