@@ -1,0 +1,55 @@
+"""The command itself: quick, honest exit codes, one line for what a user did wrong."""
+
+import errno
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain.cli import main, user_message
+
+HEAVY = ("torch", "lightning", "timm", "torchvision", "webdataset", "numpy", "PIL")
+
+
+def test_help_imports_nothing_heavy_and_answers_in_a_second() -> None:
+    code = (
+        "import sys, pretrain.cli as c\n"
+        "try: c.main(['--help'])\n"
+        f"except SystemExit: print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    began = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("[]")
+    assert time.perf_counter() - began < 5  # 0.1 s on an idle machine; the limit is for a busy one
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["shards"], ["evaluate"], ["evaluate", "x"], ["report"], ["shards", "pack", "x"],
+     ["shards", "verify", "x", "--nonsense", "1"]],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: trivit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["shards", "verify", "/no/such/folder"], ["shards", "inspect", "/no/such/folder"],
+     ["shards", "pack", "/no/such/folder", "/tmp/never"], ["evaluate", "/no/run", "--train", "/no", "--test", "/no"],
+     ["report", "/no/such/run"], ["export", "/no/such/file.ckpt", "/tmp/never.safetensors"],
+     ["shards", "synth", "/tmp/never", "--samples", "0"]],
+)  # fmt: skip
+def test_a_wrong_path_is_one_line_and_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("trivit: ")
+
+
+def test_a_bug_is_not_dressed_up_as_a_users_mistake() -> None:
+    assert user_message(ValueError("ours")) is None
+    assert "disk is full" in (user_message(OSError(errno.ENOSPC, "No space left", "x.tar")) or "")
+    assert "x.tar" in (user_message(PermissionError(errno.EACCES, "Permission denied", "x.tar")) or "")

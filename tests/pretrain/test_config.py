@@ -1,0 +1,81 @@
+"""Bad input to `trivit pretrain`: one line, exit code 2, nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import find_configs, parse
+from pretrain.errors import RunError
+from tests.pretrain.conftest import pretrain
+
+# what is added to a working command line, and words that the one line must hold
+BAD = {
+    "unknown top-level key": (["--speed", "9"], ["speed"]),
+    "unknown model key": (["--model.mask_ration", "0.5"], ["mask_ration"]),
+    "unknown encoder key": (["--model.encoder.widht", "32"], ["widht"]),
+    "unknown data key": (["--data.batch", "32"], ["batch"]),
+    "unknown trainer key": (["--trainer.max_step", "3"], ["max_step"]),
+    "unknown task": (["--model", "tasks.nothing.Task"], ["tasks.nothing"]),
+    "a word for a number": (["--trainer.max_steps", "many"], ["max_steps"]),
+    "both lengths": (["--epochs", "3"], ["epochs", "max_steps"]),
+    "no length": (["--trainer.max_steps", "-1"], ["epochs", "max_steps"]),
+    "negative epochs": (["--trainer.max_steps", "-1", "--epochs", "-2"], ["epochs"]),
+    "both rates": (["--model.base_lr", "1e-3"], ["lr", "base_lr"]),
+    "no rate": (["--model.lr", "null"], ["lr", "base_lr"]),
+    "warm-up longer than the run": (["--model.warmup_steps", "9"], ["warm", "9", "8"]),
+    "both warm-ups": (["--model.warmup_epochs", "1"], ["warmup_epochs", "warmup_steps"]),
+    "batch not divisible": (["--data.global_batch_size", "17", "--data.lanes", "4"], ["17"]),
+    "batch larger than the data": (["--data.global_batch_size", "1024"], ["1024", "96"]),
+    "batch of nothing": (["--data.global_batch_size", "0"], ["global_batch_size"]),
+    "patch against image": (["--model.encoder.patch_size", "5"], ["5", "16"]),
+    "crop against encoder": (["--model.encoder.image_size", "48"], ["48", "16", "crop_size"]),
+    "mask ratio": (["--model.mask_ratio", "1.5"], ["mask_ratio"]),
+    "no such data": (["--data.train", "/no/such/folder"], ["/no/such/folder"]),
+    "accumulation is ours": (["--trainer.accumulate_grad_batches", "2"], ["device_batch_size"]),
+    "epochs are ours": (["--trainer.max_epochs", "2"], ["epochs"]),
+    "log of nothing": (["--log_every", "0"], ["log_every"]),
+    "no such accelerator": (["--trainer.accelerator", "abacus"], ["abacus"]),
+    "wandb mode": (["--wandb", "maybe"], ["wandb"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_2(
+    case: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added, words = BAD[case]
+    assert pretrain(*small, "--output", tmp_path / "run", *added) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: ")]
+    assert len(lines) == 1 and len(lines[0]) < 400, lines
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_is_needed(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain(*small) == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_config_by_bare_name_or_path(tmp_path: Path) -> None:
+    by_name = find_configs(["--config", "mae_tin40"])[1]
+    assert Path(by_name).name == "mae_tin40.yaml" and Path(by_name).is_file()
+    assert find_configs(["--config=mae_tin40.yaml"]) == [f"--config={by_name}"]
+    own = tmp_path / "own.yaml"
+    own.write_text("seed: 1\n")
+    assert find_configs(["--config", str(own)]) == ["--config", str(own)]
+
+
+@pytest.mark.parametrize("text", [None, "- a\n- list\n", "seed: [1\n", b"\xff\xfe\x00"])
+def test_a_bad_config_file_is_named(text: str | bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RunError, match=r"bad\.yaml"):
+        find_configs(["--config", str(path)])
+    with pytest.raises(RunError, match="--config needs"):
+        find_configs(["--config"])
+
+
+def test_one_seed_for_model_and_data(small: list[str]) -> None:
+    _, config = parse([*small, "--seed", "7"])
+    assert config.seed == config.data.seed == 7

@@ -1,0 +1,201 @@
+"""A run: what it leaves behind, how it goes on, and what it refuses."""
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from pretrain.cli import main
+from tests.pretrain.conftest import pretrain
+
+
+def losses(run: Path) -> list[tuple[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [(row["step"], row["train/loss"]) for row in csv.DictReader(file)]
+
+
+def test_a_run_leaves_what_the_contract_names(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert pretrain(*small, "--output", run) == 0
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
+    assert {"epoch", "seconds", "train/loss", "train/lr", "train/images_per_second", "train/grad_norm", "train/data_wait"} <= rows[0].keys()
+    assert float(rows[0]["train/lr"]) == 0.0  # the first iteration of the original schedule
+    assert float(rows[-1]["epoch"]) == pytest.approx(8 / 6)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 8 and config["model"]["init_args"]["encoder"]["image_size"] == 16
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 8 and state["trivit"]["objective"] == "mae"
+    assert not list(run.rglob("*.part"))
+
+    assert pretrain(*small, "--output", run) == 0
+    assert "is finished (8 steps)" in capsys.readouterr().out
+    assert len(losses(run)) == 8
+
+
+def test_a_resolved_config_is_a_config(small: list[str], tmp_path: Path) -> None:
+    assert pretrain(*small, "--output", tmp_path / "a") == 0
+    assert pretrain("--config", tmp_path / "a/config.yaml", "--output", tmp_path / "b") == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_epochs_become_steps(small: list[str], tmp_path: Path) -> None:
+    assert pretrain(*small, "--output", tmp_path / "run", "--trainer.max_steps", -1, "--epochs", 0.5) == 0
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 7])
+def test_resume_is_exact(stop_at: int, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed without warning after `stop_at` steps, with accumulation and drop path: bit for bit the same losses."""
+    more = ["--data.device_batch_size", "8", "--model.encoder.drop_path", "0.2", "--checkpoint_every", "3"]
+    assert pretrain(*small, *more, "--output", tmp_path / "whole") == 0
+
+    from lightning.pytorch import Callback
+
+    class Killed(Exception):
+        pass
+
+    class Killer(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            if trainer.global_step == stop_at:
+                raise Killed
+
+    from pretrain import run as run_module
+
+    original = run_module._as_list
+    monkeypatch.setattr(run_module, "_as_list", lambda value: [*original(value), Killer()])
+    with pytest.raises(Killed):
+        pretrain(*small, *more, "--output", tmp_path / "killed")
+    monkeypatch.setattr(run_module, "_as_list", original)
+    assert pretrain(*small, *more, "--output", tmp_path / "killed") == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_another_run_or_other_files_are_left_alone(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 4, "--checkpoint_every", 2) == 0
+    before = (run / "metrics.csv").read_bytes()
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 4, "--model.mask_ratio", 0.5) == 2
+    assert "model.mask_ratio: 0.75 -> 0.5" in capsys.readouterr().err
+    assert (run / "metrics.csv").read_bytes() == before
+
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "holiday.jpg").write_bytes(b"x")
+    assert pretrain(*small, "--output", other) == 2
+    assert "no trivit run" in capsys.readouterr().err and [p.name for p in other.iterdir()] == ["holiday.jpg"]
+
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert pretrain(*small, "--output", file) == 2
+
+
+def test_more_steps_when_the_user_says_so(small: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 4) == 0
+    assert pretrain(*small, "--output", run) == 2
+    assert pretrain(*small, "--output", run, "--allow_changes", "[trainer.max_steps]") == 0
+    assert len(losses(run)) == 8
+
+
+def test_nan_stops_the_run_and_names_step_and_samples(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert pretrain(*small, "--output", run, "--model.lr", "1e20", "--checkpoint_every", 1) == 1
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: "))
+    assert "NaN or infinite at step" in line
+    facts = json.loads((run / "checkpoints/non_finite_rank0.json").read_text())
+    assert facts["step"] >= 2 and (facts["keys"] or facts["gradient_norm_bad"])
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert all(v.isfinite().all() for v in state["state_dict"].values() if v.is_floating_point())
+    assert (run / "checkpoints/non_finite.ckpt").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    save = Trainer.save_checkpoint
+
+    def full(self: Trainer, path: Path, *rest: object, **more: object) -> None:
+        if self.global_step == 6:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, path, *rest, **more)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    assert pretrain(*small, "--output", run, "--checkpoint_every", 3) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not list(run.rglob("*.part"))
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    assert pretrain(*small, "--output", run, "--checkpoint_every", 3) == 0
+    assert [step for step, _ in losses(run)] == [str(i) for i in range(1, 9)]
+
+
+def test_a_damaged_checkpoint_is_named(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 4) == 0
+    last = run / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 4) == 2
+    assert "last.ckpt cannot be read" in capsys.readouterr().err
+
+
+def test_a_plain_folder_of_images_is_packed_once(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    monkeypatch.setenv("TRIVIT_CACHE", str(tmp_path / "cache"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(40):
+        Image.effect_noise((40 + i, 50), 60).convert("RGB").save(photos / f"IMG {i}.jpg")
+    assert pretrain(*small, "--data.train", photos, "--output", tmp_path / "a", "--trainer.max_steps", 3) == 0
+    said = capsys.readouterr()
+    assert str(tmp_path / "cache") in said.out + said.err
+    assert pretrain(*small, "--data.train", photos, "--output", tmp_path / "b", "--trainer.max_steps", 3) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_wandb_offline_is_one_flag(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = tmp_path / "run"
+    assert pretrain(*small, "--output", run, "--wandb", "offline", "--trainer.max_steps", 3) == 0
+    assert list(run.glob("wandb/offline-run-*/*.wandb")) and len(losses(run)) == 3
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_goes_on(small: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "pretrain.cli", "pretrain", *small, "--output", str(run), "--trainer.max_steps",
+               "4000", "--data.workers", "2"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(losses(run) if (run / "metrics.csv").exists() else []) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group, workers too
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    line = next(line for line in error.splitlines() if line.startswith("trivit: "))
+    step = int(torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"])
+    assert f"at step {step} of 4000" in line and "same command" in line
+    assert main(["pretrain", *small, "--output", str(run), "--trainer.max_steps", str(step + 2), "--allow_changes",
+                 "[trainer.max_steps]"]) == 0  # fmt: skip
+    assert [int(s) for s, _ in losses(run)] == list(range(1, step + 3))
