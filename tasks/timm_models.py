@@ -1,0 +1,138 @@
+"""Any timm model as the trunk of an encoder: how to build it, and where it keeps what the encoder must know.
+
+Axes: b = images, h w = rows and columns of a feature map, n = h * w, p = prefix tokens, d = width.
+"""
+
+import difflib
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+from timm.layers import LayerNorm2d, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tasks.encoder_config import EncoderConfig
+from tasks.errors import TaskError
+
+
+def create_timm(name: str, *, image_size: int | None, pretrained: bool = False, **options: Any) -> Any:
+    """The timm model without a classifier; for other image sizes too where its family can.
+
+    Args:
+        name: as timm.create_model takes it, `local-dir:/path` and `hf-hub:user/model` included.
+        image_size: side of the training images in pixels; None: the model's own.
+        pretrained: fetch timm's weights.
+        options: further arguments of the model, such as drop_path_rate.
+
+    Raises:
+        TaskError: no such model, no such option, or weights that cannot be fetched.
+    """
+    size = {} if image_size is None else {"img_size": image_size}
+    # Families differ in how they are told about the image size; convolutional ones need not be told.
+    attempts = [{**size, "dynamic_img_size": True}, {**size, "strict_img_size": False}, size, {}]
+    for attempt in attempts:
+        try:
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **attempt, **options)
+        except TypeError as error:
+            if attempt:
+                continue
+            raise TaskError(f"timm model {name} does not take {', '.join(options)}: {error}") from error
+        except Exception as error:  # the hub, the network and the file system each have their own
+            raise TaskError(_explain(name, error)) from error
+        break
+    if getattr(model, "attn_pool", None) is not None:
+        model.attn_pool = None  # tokens are pooled here; parameters that never see a gradient would stop DDP
+    return model
+
+
+def _explain(name: str, error: Exception) -> str:
+    if "Unknown model" in str(error):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        return f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"timm cannot build {name!r}: {reason}"
+
+
+def is_maskable(trunk: Any) -> bool:
+    """Whether single patches can be hidden: a plain ViT, whose patch embedding sees one patch at a time."""
+    embed = getattr(trunk, "patch_embed", None)
+    return (
+        type(trunk) is VisionTransformer
+        and type(embed) is PatchEmbed
+        and isinstance(embed.norm, nn.Identity)
+        and embed.patch_size[0] == embed.patch_size[1]
+    )
+
+
+def measured_config(config: EncoderConfig, trunk: Any) -> EncoderConfig:
+    """The config with what the timm model itself decides: patch size (its total stride), class token, resizing."""
+    patch_size = trunk.patch_embed.patch_size[0] if is_maskable(trunk) else trunk.feature_info[-1]["reduction"]
+    if is_maskable(trunk) and config.image_size % patch_size:
+        raise TaskError(f"{config.arch} has patches of {patch_size}, which do not divide image_size {config.image_size}")
+    class_token = getattr(trunk, "cls_token", None) is not None
+    return replace(config, patch_size=patch_size, class_token=class_token, position_resize="open_clip")
+
+
+def pretrained_config(name: str, model: Any, image_size: int | None) -> EncoderConfig:
+    """The config of a model that timm.create_model gave, with the image statistics and crop it was trained with."""
+    cfg = model.pretrained_cfg
+    arch = cfg.get("architecture") or name
+    tag = cfg.get("tag")
+    side = image_size or cfg["input_size"][-1]
+    class_token = getattr(model, "cls_token", None) is not None
+    pool = "cls" if class_token and getattr(model, "global_pool", "") == "token" else "mean"
+    return EncoderConfig(
+        arch=f"timm:{arch}.{tag}" if tag and timm.is_model(arch) and ":" not in name else f"timm:{arch}",
+        image_size=side,
+        in_chans=cfg["input_size"][0],
+        pool=pool,
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        eval_resize=round(side / (cfg.get("crop_pct") or 0.875)),
+    )
+
+
+def map_tokens(features: Tensor, trunk: Any) -> tuple[Tensor, Tensor]:
+    """What `forward_features` of any family gave -> prefix [b p d] and patches [b n d]."""
+    width, p = trunk.num_features, getattr(trunk, "num_prefix_tokens", 0)
+    if features.ndim == 4:
+        channels_last = getattr(trunk, "output_fmt", "") == "NHWC" or features.shape[1] != width
+        features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        p = 0
+    elif features.ndim == 2:
+        features = features[:, None]
+        p = 0
+    return features[:, :p], features[:, p:]
+
+
+def norm_pooled(trunk: Any, pooled: Tensor) -> Tensor:
+    """Pooled tokens [b d] through the norm that some models apply after pooling instead of before."""
+    for owner, name in ((trunk, "fc_norm"), (getattr(trunk, "head", None), "norm")):
+        norm = getattr(owner, name, None)
+        if isinstance(norm, LayerNorm2d):
+            return norm(pooled[:, :, None, None]).flatten(1)  # type: ignore[no-any-return]
+        if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
+            return norm(pooled)  # type: ignore[no-any-return]
+    return pooled
+
+
+def repeated_parts(trunk: nn.Module) -> list[nn.Module]:
+    """The blocks of a model in order, stage by stage where it has stages; its children where neither is found."""
+    for name in ("blocks", "stages", "layers"):
+        stages = getattr(trunk, name, None)
+        if isinstance(stages, nn.ModuleList | nn.Sequential):
+            inner = [getattr(stage, "blocks", None) for stage in stages]
+            return [
+                block
+                for stage, blocks in zip(stages, inner, strict=True)
+                for block in (blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else [stage])
+            ]
+    return [child for child in trunk.children() if any(True for _ in child.parameters())]
+
+
+def load_timm_trunk(trunk: nn.Module, pretrained: nn.Module) -> None:
+    """Copies the weights of one timm model into another of the same name."""
+    with torch.no_grad():
+        trunk.load_state_dict(pretrained.state_dict(), strict=True)

@@ -1,0 +1,104 @@
+"""Vision Transformer parts over timm: the block every objective uses, patches as rows, initialisation.
+
+Axes: b = images, t = tokens, q = the last tokens that are asked for, n = patches, d = width, h = heads, c = d / h.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tasks.encoder_config import EncoderConfig
+from tasks.positions import rotate
+
+Rope = tuple[Tensor, Tensor]
+
+
+class ViTBlock(Block):  # type: ignore[misc]
+    """timm's pre-norm block, with its parameters and names, that can also rotate, or answer for the last tokens only."""
+
+    def forward(self, x: Tensor, rope: Rope | None = None, queries: int | None = None) -> Tensor:
+        """[b t d] -> [b t d], or [b q d] for the last `queries` tokens, which still attend to all t."""
+        normed = self.norm1(x)
+        if queries is not None:
+            x = x[:, -queries:]
+        x = x + self.drop_path1(self.ls1(self._attend(normed, rope, queries)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[no-any-return]
+
+    def _attend(self, x: Tensor, rope: Rope | None, queries: int | None) -> Tensor:
+        attn, (b, t, d) = self.attn, x.shape
+        heads = (attn.num_heads, d // attn.num_heads)
+        if queries is None or queries == t:
+            q, k, v = attn.qkv(x).view(b, t, 3, *heads).unbind(2)
+        else:
+            weight, bias = attn.qkv.weight, attn.qkv.bias
+            q_bias, kv_bias = (None, None) if bias is None else bias.split([d, 2 * d])
+            q = F.linear(x[:, -queries:], weight[:d], q_bias).view(b, queries, *heads)
+            k, v = F.linear(x, weight[d:], kv_bias).view(b, t, 2, *heads).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return attn.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def build_vit(config: EncoderConfig) -> Any:
+    """timm's VisionTransformer of a checked config, with our block and no head; parameters not yet initialised by us."""
+    width, depth, heads = config.size
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.in_chans,
+        num_classes=0,
+        global_pool="token" if config.class_token else "",
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=config.mlp_ratio,
+        qkv_bias=config.qkv_bias,
+        init_values=config.layer_scale,
+        class_token=config.class_token,
+        pos_embed="none" if config.positions == "rope" else "learn",
+        # registers have no place, and then timm's layout gives the class token none either (it can learn its own)
+        no_embed_class=config.registers > 0,
+        reg_tokens=config.registers,
+        drop_path_rate=config.drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+        block_fn=ViTBlock,
+        weight_init="skip",
+    )
+
+
+def init_vit(module: nn.Module) -> None:
+    """Xavier-uniform linear layers and patch embedding with zero biases, unit norms (MAE, arXiv:2111.06377, A.1).
+
+    Tokens and tables are their owner's to fill. LayerScale takes its initial value.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.flatten(1) if isinstance(part, nn.Conv2d) else part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        elif hasattr(part, "gamma") and hasattr(part, "init_values"):
+            nn.init.constant_(part.gamma, part.init_values)
+
+
+def patch_rows(images: Tensor, patch_size: int) -> Tensor:
+    """Images [b c h w] -> patches [b n c*p*p], row-major, each in (channel, row, column) order like a convolution's
+    weight; what is left over at the right and bottom edge is not covered, as by a strided convolution."""
+    b, c, height, width = images.shape
+    p = patch_size
+    rows, columns = height // p, width // p
+    images = images[:, :, : rows * p, : columns * p]
+    patches = images.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(b, rows * columns, c * p * p)
+
+
+def take(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [b n d] at index [b k] -> [b k d]."""
+    return torch.gather(rows, 1, index[:, :, None].expand(-1, -1, rows.shape[2]))
