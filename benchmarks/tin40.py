@@ -1,0 +1,57 @@
+"""How well an objective learns on TIN-40, from the command line, over several seeds: a table for benchmarks/tin40.md.
+
+    python -m benchmarks.tin40 --data /path/to/tin40 --work /tmp/tin40 --configs mae_tin40 --seeds 0 1 2
+
+`--data` holds `train.tar` and `val.tar` (class folders inside). Nothing is chosen on the validation images: the
+configs are fixed, and the linear probe chooses its strength on a tenth of train.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+TRIVIT = [sys.executable, "-m", "pretrain.cli"]
+PROBES = {"knn": "kNN k=20", "linear": "linear"}
+
+
+def main() -> None:
+    """Pack, pretrain and evaluate every config with every seed; finished parts are not done again."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--configs", nargs="+", default=["mae_tin40"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments = parser.parse_args()
+    train, test = arguments.work / "train", arguments.work / "val"
+    run("shards", "pack", arguments.data / "train.tar", train)
+    run("shards", "pack", arguments.data / "val.tar", test)
+    print("| config | seed | " + " | ".join(PROBES.values()) + " |\n|---|---|" + "---:|" * len(PROBES))
+    for config in arguments.configs:
+        rows = [score(config, seed, train, test, arguments.work) for seed in arguments.seeds]
+        for seed, row in zip(arguments.seeds, rows, strict=True):
+            print(f"| {config} | {seed} | " + " | ".join(f"{value:.1f}" for value in row) + " |")
+        means = [statistics.mean(column) for column in zip(*rows, strict=True)]
+        print(f"| {config} | mean | " + " | ".join(f"**{value:.1f}**" for value in means) + " |", flush=True)
+
+
+def score(config: str, seed: int, train: Path, test: Path, work: Path) -> list[float]:
+    """Top-1 in percent of each probe, for one run."""
+    output = work / f"{config}_seed{seed}"
+    results = output / "results.json"
+    if not results.exists():
+        run("pretrain", "--config", config, "--seed", seed, "--data.train", train, "--output", output)
+        run("evaluate", output, "--train", train, "--test", test)
+    found = json.loads(results.read_text())
+    return [float(found[probe]["top1"]) for probe in PROBES]
+
+
+def run(*arguments: object) -> None:
+    """One `trivit` command; its own output goes to stderr, so that stdout holds the table alone."""
+    subprocess.run([*TRIVIT, *map(str, arguments)], check=True, stdout=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
