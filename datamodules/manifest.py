@@ -24,7 +24,7 @@ from datamodules.tar_index import ShardIndex, cannot_read, read_index
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"
+UNFINISHED = "unfinished.jsonl"
 CLASSES = "classes.txt"
 log = logging.getLogger("trivit")
 
@@ -147,8 +147,7 @@ def list_tars(root: Path) -> dict[str, int]:
         with os.scandir(root) as entries:
             files = {entry.name: entry for entry in entries}
         if UNFINISHED in files:
-            made_by = json.loads((root / UNFINISHED).read_text("utf-8")).get("made_by", "")
-            raise DataError(f"{root} is unfinished: run the command that began it again ({made_by or 'unknown'})")
+            raise DataError(f"{root} is unfinished: run the command that began it again ({_begun_by(root)})")
         sizes = {
             name: entry.stat().st_size
             for name, entry in files.items()
@@ -163,6 +162,14 @@ def list_tars(root: Path) -> dict[str, int]:
         raise DataError(cannot_read(root, error)) from error
     hint = f"; did you mean {root / below[0]}?" if below else ""
     raise DataError(f"{root} holds no .tar files{hint}")
+
+
+def _begun_by(root: Path) -> str:
+    """What the first line of `unfinished.jsonl` says."""
+    try:
+        return str(json.loads((root / UNFINISHED).read_text("utf-8").partition("\n")[0])["made_by"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "which one is not known: delete the folder"
 
 
 def _holds(manifest: Manifest, sizes: dict[str, int]) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 
 from datamodules.errors import DataError
 from datamodules.manifest import MANIFEST, UNFINISHED, Manifest, Shard, describe_shard
-from datamodules.sidecars import cannot_write, write_aside
-from datamodules.tar_index import INDEX_SUFFIX, ShardIndex, cannot_read, scan_tar
+from datamodules.sidecars import cannot_write, locked, write_aside
+from datamodules.tar_index import INDEX_SUFFIX, ShardIndex, scan_tar
 
+LOCK = ".lock"
 LONGEST_NAME = 100
 """Bytes of key and extension together that every tar format holds without extension headers."""
 
@@ -54,6 +55,7 @@ class ShardFile:
 
     def abort(self) -> None:
         """Leave nothing behind."""
+        self._tar.tarstream.fileobj.closed = True  # or tarfile complains on deletion that it cannot write its end
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -63,8 +65,8 @@ class ShardFile:
 class ShardWriter:
     """Writes a whole set, one sample after the other, and its manifest on a clean exit.
 
-    Until then a file `unfinished.json` marks the folder, so that a half-written set is never taken for a whole one; the
-    same writer (by `made_by`) then begins anew. Samples are written in the order given: shuffle before.
+    Until then a file `unfinished.jsonl` marks the folder, so that a half-written set is never taken for a whole one;
+    the same writer (by `made_by`) then begins anew. Samples are written in the order given: shuffle before.
 
     Args:
         dst: the folder; made if necessary.
@@ -93,10 +95,13 @@ class ShardWriter:
         self._members: Counter[str] = Counter()
         self._keys: set[int] = set()
         self._file: ShardFile | None = None
+        self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> "ShardWriter":
         begin_set(self.dst, self.made_by)
-        for old in self.dst.glob(f"*{self.prefix}-*.tar*"):
+        self._lock.enter_context(locked(self.dst / LOCK, wait=False))
+        remove_leftovers(self.dst)
+        for old in self.dst.glob(f"{self.prefix}-*.tar*"):
             old.unlink()
         return self
 
@@ -130,6 +135,7 @@ class ShardWriter:
         finally:
             if self._file is not None:
                 self._file.abort()
+            self._lock.close()
 
     def _close_shard(self) -> None:
         if self._file is None:
@@ -160,8 +166,8 @@ def check_sample(key: str, members: Mapping[str, bytes]) -> None:
         raise ValueError(f"the sample {key!r} has no members")
 
 
-def begin_set(dst: Path, made_by: str) -> bool:
-    """Mark a folder as unfinished; returns whether the same command had begun it before.
+def begin_set(dst: Path, made_by: str) -> list[dict[str, Any]]:
+    """Mark a folder as unfinished; returns what the same command noted there before it was interrupted.
 
     Raises:
         DataError: when the folder holds a finished set, one begun by another command, or cannot be written.
@@ -169,27 +175,37 @@ def begin_set(dst: Path, made_by: str) -> bool:
     try:
         dst.mkdir(parents=True, exist_ok=True)
         present = {entry.name for entry in dst.iterdir()}
-    except FileExistsError as error:
+        if UNFINISHED not in present:
+            if MANIFEST in present or any(name.endswith(".tar") for name in present):
+                raise DataError(f"{dst} already holds shards: choose an empty folder, sets are not mixed")
+            write_aside(dst / UNFINISHED, json.dumps({"made_by": made_by}).encode() + b"\n")
+            return []
+        head, *notes = (dst / UNFINISHED).read_text("utf-8").split("\n")[:-1]  # after the last \n: cut off
+        before = json.loads(head)["made_by"]
+    except (FileExistsError, NotADirectoryError) as error:
         raise DataError(f"{dst} is a file: give a folder for the shards") from error
     except OSError as error:
         raise DataError(cannot_write(dst, error)) from error
-    if UNFINISHED in present:
-        try:
-            before = json.loads((dst / UNFINISHED).read_text("utf-8"))["made_by"]
-        except OSError as error:
-            raise DataError(cannot_read(dst / UNFINISHED, error)) from error
-        except (ValueError, KeyError, TypeError):
-            before = "an unknown command"
-        if before != made_by:
-            raise DataError(f"{dst} was begun with other settings ({before}): delete it, or choose another folder")
-        return True
-    if MANIFEST in present or any(name.endswith(".tar") for name in present):
-        raise DataError(f"{dst} already holds shards: choose an empty folder, sets are not mixed")
-    try:
-        write_aside(dst / UNFINISHED, json.dumps({"made_by": made_by}).encode())
-    except OSError as error:
-        raise DataError(cannot_write(dst / UNFINISHED, error)) from error
-    return False
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{dst / UNFINISHED} is damaged: delete {dst}, or choose another folder") from error
+    if before != made_by:
+        raise DataError(f"{dst} was begun by another command or from other files ({before}): delete it, or choose "
+                        "another folder")  # fmt: skip
+    return [json.loads(note) for note in notes]
+
+
+def note_progress(dst: Path, note: dict[str, Any]) -> None:
+    """Note something in the unfinished set that `begin_set` gives back after an interruption."""
+    with (dst / UNFINISHED).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(note) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_leftovers(dst: Path) -> None:
+    """Delete what writers that were killed left half-written."""
+    for old in dst.glob(".*.partial"):
+        old.unlink()
 
 
 def finish_set(manifest: Manifest) -> None:
@@ -198,3 +214,4 @@ def finish_set(manifest: Manifest) -> None:
         raise DataError(f"{manifest.root}: no sample was written")
     write_aside(manifest.root / MANIFEST, manifest.to_bytes())
     (manifest.root / UNFINISHED).unlink()
+    (manifest.root / LOCK).unlink(missing_ok=True)

@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from datamodules.errors import DataError
@@ -71,6 +73,24 @@ def write_aside(path: Path, data: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock file `path` against other processes; a process that dies gives it back.
+
+    Raises:
+        DataError: when another process holds it and `wait` is false.
+    """
+    # Record locks, unlike flock, do not pass on to forked workers, which may outlive a killed parent for a moment.
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise DataError(f"another process is writing to {path.parent}: wait until it is done") from error
+            # a file system without locks: two writers at once remain the user's business
+        yield
+
+
 def cannot_write(path: Path, error: OSError) -> str:
     """One line for the user that says why `path` could not be written and what to do."""
     if error.errno in DISK_FULL:
@@ -78,4 +98,3 @@ def cannot_write(path: Path, error: OSError) -> str:
     if error.errno in READ_ONLY:
         return f"no permission to write {path}: choose another folder, or set TRIVIT_CACHE to one that you own"
     return f"cannot write {path}: {error.strerror or error}"
-

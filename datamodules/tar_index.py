@@ -245,66 +245,77 @@ def _group(
     names: list[bytes], offsets: list[int], sizes: list[int], findings: _Findings
 ) -> tuple[tuple[str, ...], dict[str, NDArray[Any]]]:
     """Members to samples: neighbours of one key belong together."""
-    extension_ids: dict[bytes, int] = {}
-    first: list[int] = []
-    key_end: list[int] = []
-    extension: list[int] = []
-    kept: list[int] = []
+    ids: dict[bytes, int] = {}  # extension as spelt -> number
+    numbers: dict[bytes, int] = {}  # extension in lower case -> number
     keys: list[bytes] = []
-    seen: set[bytes] = set()
-    here: dict[int, None] = {}
-    key, key_bytes = b"", 0
+    first: list[int] = []
+    extension: list[int] = []
+    skipped: list[int] = []
+    key = b""
     for i, name in enumerate(names):
-        slash = name.rfind(b"/") + 1
-        dot = name.find(b".", slash)
-        if dot <= slash or name.startswith(b"__"):
-            if not (name.startswith(b"__") and b"__" in name[2:]):  # webdataset passes over __these__ in silence
-                findings.note("no sample", name.decode("utf-8", "backslashreplace"), "its name is not KEY.EXTENSION")
-                continue
+        slash = name.rfind(b"/")
+        dot = name.find(b".", slash + 1)
+        if dot < slash + 2 or (name[:2] == b"__" and _is_meta(name)):
+            skipped.append(i)
             continue
-        end = name[dot + 1 :].lower()
-        number = extension_ids.setdefault(end, len(extension_ids))
-        if name[:dot] != key or not keys:
+        spelt = name[dot + 1 :]
+        number = ids.get(spelt)
+        if number is None:
+            number = ids[spelt] = numbers.setdefault(spelt.lower(), len(numbers))
+        if name[:dot] != key:
             key = name[:dot]
-            if key in seen:
-                findings.note("repeated key", key.decode("utf-8", "backslashreplace"), "an earlier sample has it too")
-            seen.add(key)
             keys.append(key)
-            key_bytes += len(key)
-            key_end.append(key_bytes)
-            first.append(len(kept))
-            here = {}
-        elif number in here:
-            findings.note(
-                "repeated member", key.decode("utf-8", "backslashreplace"), f"a second .{_text(end)}; the first is used"
-            )
-            continue
-        here[number] = None
+            first.append(len(extension))
         extension.append(number)
-        kept.append(i)
-    first.append(len(kept))
-    extensions = tuple(map(_text, extension_ids))
+    first.append(len(extension))
+    for i in skipped:
+        if not _is_meta(names[i]):
+            findings.note("no sample", _text(names[i]), "its name is not KEY.EXTENSION")
     arrays: dict[str, NDArray[Any]] = {
         "first": np.array(first, np.uint32),
         "extension": np.array(extension, np.uint32),
-        "offset": np.array(offsets, np.int64)[kept],
-        "size": np.array(sizes, np.int64)[kept],
-        "key_end": np.array(key_end, np.uint32),
+        "offset": np.delete(np.array(offsets, np.int64), skipped),
+        "size": np.delete(np.array(sizes, np.int64), skipped),
+        "key_end": np.cumsum(np.fromiter(map(len, keys), np.uint32, len(keys)), dtype=np.uint32),
         "keys": np.frombuffer(b"".join(keys), np.uint8),
     }
-    _note_two_images(extensions, arrays, keys, findings)
+    extensions = tuple(map(_text, numbers))
+    if len(set(keys)) < len(keys):
+        counted = Counter(keys)
+        for key in dict.fromkeys(key for key in keys if counted[key] > 1):
+            findings.note("repeated key", _text(key), f"{counted[key]} samples have it")
+    if len(keys) < len(extension):
+        _first_of_each(extensions, arrays, keys, findings)
     return extensions, arrays
 
 
-def _note_two_images(
+def _first_of_each(
     extensions: tuple[str, ...], arrays: dict[str, NDArray[Any]], keys: list[bytes], findings: _Findings
 ) -> None:
-    """Two plain images under one key are usually two samples that lost theirs (`7.a.jpg` would be `7` as well)."""
-    plain = np.array([extension in PLAIN_IMAGES for extension in extensions] + [False])
-    count = np.concatenate([[0], np.cumsum(plain[arrays["extension"]])])
-    per_sample = np.diff(count[arrays["first"]])
-    for i in np.flatnonzero(per_sample > 1):
+    """Note samples with two members of one extension, or two plain images, and keep the first of the former.
+
+    Two images under one key are usually two samples that lost theirs: `7.a.jpg` and `7.b.jpg` have the key `7`.
+    """
+    sample = np.repeat(np.arange(len(keys)), np.diff(arrays["first"].astype(np.int64)).astype(np.int64))
+    pair = sample * len(extensions) + arrays["extension"]
+    kept = np.sort(np.unique(pair, return_index=True)[1])
+    if len(kept) < len(pair):
+        for i in np.setdiff1d(np.arange(len(pair)), kept):
+            again = extensions[arrays["extension"][i]]
+            kind = "two images" if again in PLAIN_IMAGES else "repeated member"
+            findings.note(kind, _text(keys[sample[i]]), f"a second .{again} under one key; the first is used")
+        arrays |= {name: arrays[name][kept] for name in ("extension", "offset", "size")}
+        sample = sample[kept]
+        arrays["first"] = np.searchsorted(sample, np.arange(len(keys) + 1)).astype(np.uint32)
+    plain = np.array([extension in PLAIN_IMAGES for extension in extensions])[arrays["extension"]]
+    for i in np.flatnonzero(np.bincount(sample[plain], minlength=1) > 1):
         findings.note("two images", _text(keys[i]), "under one key; the first is used")
+
+
+def _is_meta(name: bytes) -> bool:
+    """Names like __this__ and what lies below them, which webdataset passes over."""
+    head = name.split(b"/")[0]
+    return len(head) > 4 and head.startswith(b"__") and head.endswith(b"__")
 
 
 def _text(name: bytes) -> str:

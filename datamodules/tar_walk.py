@@ -1,7 +1,7 @@
 """The members of a tar, found by reading its headers only: ustar, GNU long names, PAX; never extracts, never follows.
 
 Reads with `pread`, not through a memory map: a map of a file that is cut meanwhile kills the process with SIGBUS.
-Checksums are verified for whole blocks of headers at once, because one by one they would be most of the work.
+Ordinary headers are taken many at a time as a table [h 512] of bytes, h = headers; the rest one by one.
 """
 
 import os
@@ -9,15 +9,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 BLOCK = 512
 _ZERO = bytes(BLOCK)
-_REGULAR = frozenset({ord("0"), 0, ord("7")})
+_WINDOW = 1 << 19
 _HEADERS_AT_ONCE = 4096
-_WINDOW = 1 << 16
+_LARGE_MEMBER = 1 << 14
+_MOST_PATIENCE = 1000
 _LONGEST_EXTENSION = 1 << 20
 _SPECIAL = {"1": "link", "2": "link", "3": "device", "4": "device", "6": "device"}
-_OCTAL_POWERS = 8 ** np.arange(5, -1, -1, dtype=np.int64)
+_MAGIC = np.frombuffer(b"ustar", np.uint8)
+_OCTAL = 8 ** np.arange(10, -1, -1, dtype=np.int64)
 
 Note = Callable[[str, str, str], None]
 """Called as note(kind, name, detail) for whatever is wrong."""
@@ -47,73 +50,89 @@ def walk_tar(fd: int, tar_bytes: int, note: Note) -> Walk:
     """
     walk = Walk([], [], [])
     position, extended = 0, _Extended()
+    patience = 1  # how many headers to take one by one before trying many again; tars full of PAX headers raise it
     while position < tar_bytes:
-        headers, position = _regular_run(fd, tar_bytes, position, walk) if extended == _Extended() else ([], position)
-        walk.names.extend(_names(headers, good := _leading_good(headers)))
-        if good < len(headers):  # sizes after a wrong header cannot be believed either
-            position = walk.offsets[len(walk.names)] - BLOCK
-            del walk.offsets[len(walk.names) :], walk.sizes[len(walk.names) :]
-        if good < len(headers) or (position < tar_bytes and len(headers) < _HEADERS_AT_ONCE):
-            position, extended = _unusual(fd, tar_bytes, position, extended, walk, note)
+        taken = len(walk.names)
+        position = _take_many(fd, tar_bytes, position, walk)
+        patience = 1 if len(walk.names) > taken + 3 else min(2 * patience, _MOST_PATIENCE)
+        for _ in range(patience):
+            if position < tar_bytes:
+                position, extended = _take_one(fd, tar_bytes, position, extended, walk, note)
             if position < 0:
                 return walk
+        while extended != _Extended() and 0 <= position < tar_bytes:
+            position, extended = _take_one(fd, tar_bytes, position, extended, walk, note)
+        if position < 0:
+            return walk
     note("no end marker", "", f"the tar stops at byte {tar_bytes} without the two empty blocks that end one: cut off?")
     return walk
 
 
-def _regular_run(fd: int, tar_bytes: int, position: int, walk: Walk) -> tuple[list[bytes], int]:
-    """Follow ordinary headers from `position` without checking them; append to `walk`, stop at anything unusual."""
+def _take_many(fd: int, tar_bytes: int, position: int, walk: Walk) -> int:
+    """Take up ordinary files from `position` on, as far as their headers are in order; returns where that ends."""
+    if walk.sizes and sum(walk.sizes[-16:]) > 16 * _LARGE_MEMBER:
+        table, starts = _headers_of_large_members(fd, tar_bytes, position)
+    else:
+        chunk = os.pread(fd, _WINDOW, position)
+        blocks = np.frombuffer(chunk[: len(chunk) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
+        # Candidates only: inside of a member there may be another tar. The chain of sizes below sorts them out.
+        candidates = np.flatnonzero((blocks[:, 257] == _MAGIC[0]) & (blocks[:, 258] == _MAGIC[1]))
+        table, starts = blocks[candidates], position + BLOCK * candidates
+    if not len(starts) or starts[0] != position:
+        return position
+
+    digits = table[:, 124:135].astype(np.int64) - ord("0")
+    sizes = digits @ _OCTAL
+    after = starts + BLOCK + (sizes + 511 & -512)
+    checksum = np.einsum("ij->i", table, dtype=np.uint32).astype(np.int64) + 8 * ord(" ")
+    checksum -= table[:, 148:156].sum(axis=1, dtype=np.int64)
+    stored = (table[:, 148:154].astype(np.int64) - ord("0")) @ _OCTAL[5:]
+    ordinary = (
+        (table[:, 257:262] == _MAGIC).all(axis=1)
+        & ((digits >= 0) & (digits <= 7)).all(axis=1)
+        & (table[:, 156] == ord("0"))
+        & (table[:, 0] != 0)
+        & (stored == checksum)
+        & (after <= tar_bytes)
+    )
+    chained = np.append(True, after[:-1] == starts[1:])
+    good = int(np.append(ordinary & chained, False).argmin())
+    if not good:
+        return position
+    names: list[bytes] = np.ascontiguousarray(table[:good, :100]).view("S100").ravel().tolist()
+    for i in np.flatnonzero(table[:good, 345]):
+        names[i] = _name(table[i].tobytes())
+    if b"\0" in b"".join(names):  # rests of older names behind the end of a shorter one
+        names = [name.split(b"\0")[0] for name in names]
+    walk.names.extend(names)
+    walk.offsets.extend((starts[:good] + BLOCK).tolist())
+    walk.sizes.extend(sizes[:good].tolist())
+    return int(after[good - 1])
+
+
+def _headers_of_large_members(fd: int, tar_bytes: int, position: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Headers [h 512] and where they begin [h], following sizes without checking them, and without reading data."""
     headers: list[bytes] = []
-    add_header, add_offset, add_size = headers.append, walk.offsets.append, walk.sizes.append
-    base, chunk, hits, reach = position, b"", 0, _WINDOW
-    while len(headers) < _HEADERS_AT_ONCE:
-        at = position - base
-        header = chunk[at : at + BLOCK]
-        if len(header) < BLOCK:
-            # Small members: a window holds many headers. Large ones: read the headers alone.
-            reach = _WINDOW if hits > 2 or not headers else BLOCK if hits < 2 and reach == _WINDOW else reach
-            base, chunk, hits = position, os.pread(fd, reach, position), 0
-            header = chunk[:BLOCK]
-            if len(header) < BLOCK:
-                break
-        hits += 1
-        if header[156] not in _REGULAR or not header[0]:
-            break
+    starts: list[int] = []
+    while len(headers) < _HEADERS_AT_ONCE and position < tar_bytes:
+        header = os.pread(fd, BLOCK, position)
         try:
             size = int(header[124:135], 8)
         except ValueError:
             break
-        data = position + BLOCK
-        after = data + (size + 511 & -512)
-        if after > tar_bytes or size < 0 or header[99] == 47 or header[156] == 0:
+        if len(header) < BLOCK or size < 0:
             break
-        add_header(header)
-        add_offset(data)
-        add_size(size)
-        position = after
-    return headers, position
-
-
-def _leading_good(headers: list[bytes]) -> int:
-    """How many headers at the front have the right checksum."""
-    if not headers:
-        return 0
-    table = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
-    total = np.einsum("ij->i", table, dtype=np.uint32).astype(np.int64)
-    total += 8 * ord(" ") - table[:, 148:156].sum(axis=1, dtype=np.int64)
-    digits = table[:, 148:154].astype(np.int64) - ord("0")
-    stored = digits @ _OCTAL_POWERS
-    for i in np.flatnonzero((digits < 0).any(axis=1) | (digits > 7).any(axis=1) | (stored != total)):
-        if not _checksum_fits(headers[i]):  # other spellings of the number, signed sums of old tars
-            return int(i)
-    return len(headers)
+        headers.append(header)
+        starts.append(position)
+        position += BLOCK + (size + 511 & -512)
+    return np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK), np.array(starts, np.int64)
 
 
 def _checksum_fits(header: bytes) -> bool:
     """Whether the header's checksum is right; old tars summed signed bytes."""
     stored = _number(header[148:156])
     rest = header[:148] + b" " * 8 + header[156:]
-    return len(header) == BLOCK and stored in (sum(rest), sum(b - 256 if b > 127 else b for b in rest))
+    return len(header) == BLOCK and (stored == sum(rest) or stored == sum(b - 256 if b > 127 else b for b in rest))
 
 
 def _number(field: bytes) -> int | None:
@@ -127,24 +146,13 @@ def _number(field: bytes) -> int | None:
     return value if value >= 0 else None
 
 
-def _names(headers: list[bytes], good: int) -> list[bytes]:
-    """The names of the first `good` headers."""
-    if not good:
-        return []
-    table = np.frombuffer(b"".join(headers[:good]), np.uint8).reshape(-1, BLOCK)
-    names: list[bytes] = np.ascontiguousarray(table[:, :100]).view("S100").ravel().tolist()
-    for i in np.flatnonzero(table[:, 345]):
-        names[i] = _name(headers[i])
-    return [name.split(b"\0")[0] for name in names] if any(b"\0" in name for name in names) else names
-
-
 def _name(header: bytes) -> bytes:
     """Name of one header, the prefix of POSIX (not of GNU, which keeps times there) put before it."""
     name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
     return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
 
 
-def _unusual(
+def _take_one(
     fd: int, tar_bytes: int, position: int, extended: _Extended, walk: Walk, note: Note
 ) -> tuple[int, _Extended]:
     """One header of any kind; returns the position after it (-1: the tar ends here) and what it says about the next."""
@@ -213,7 +221,7 @@ def _resynchronise(fd: int, tar_bytes: int, position: int, note: Note) -> int:
     while at < tar_bytes:
         chunk = os.pread(fd, 1 << 22, at)
         blocks = np.frombuffer(chunk[: len(chunk) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
-        for i in np.flatnonzero((blocks[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(axis=1)):
+        for i in np.flatnonzero((blocks[:, 257:262] == _MAGIC).all(axis=1)):
             if _checksum_fits(blocks[i].tobytes()):
                 note("corrupt header", "", f"at byte {position}: {at + i * BLOCK - position} bytes are lost")
                 return int(at + i * BLOCK)

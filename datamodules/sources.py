@@ -1,0 +1,168 @@
+"""Where images to be packed come from: class folders, a flat folder, or a tar of either."""
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from datamodules.errors import DataError
+from datamodules.tar_index import PLAIN_IMAGES, Finding, cannot_read, open_tar
+from datamodules.tar_walk import walk_tar
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image to be packed: its name inside of the source, where its bytes lie (offset in a tar), and how many."""
+
+    name: str
+    size: int
+    offset: int = -1
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of a folder or tar, sorted by name.
+
+    `classes`: names of the class folders, empty for unlabelled images; `prefix`: folders above all images, which mean
+    nothing; `ignored`: how many other files there are by suffix; `notes`: what the user should know.
+    """
+
+    path: Path
+    images: tuple[Image, ...]
+    classes: tuple[str, ...]
+    prefix: str
+    ignored: Counter[str] = field(default_factory=Counter)
+    notes: tuple[str, ...] = ()
+
+    def labels(self) -> list[int]:
+        """Number of each image's class, -1 when unlabelled."""
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return [numbers.get(self.inner_name(image).partition("/")[0], -1) for image in self.images]
+
+    def inner_name(self, image: Image) -> str:
+        """The image's name without the folders that are above all images."""
+        return image.name[len(self.prefix) :]
+
+    def digest(self) -> str:
+        """Changes when an image is added, removed, renamed or resized."""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(f"{image.name}\0{image.size}\0".encode())
+        return digest.hexdigest()[:12]
+
+
+class SourceReader:
+    """Reads images of a source; each process makes its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tar = open_tar(str(path)) if path.is_file() else -1
+
+    def read(self, image: Image) -> bytes:
+        """The file's bytes. OSError when they cannot be had."""
+        if self._tar < 0:
+            return (self.path / image.name).read_bytes()
+        data = os.pread(self._tar, image.size, image.offset)
+        if len(data) < image.size:
+            raise OSError(f"only {len(data)} of {image.size} bytes are there")
+        return data
+
+    def close(self) -> None:
+        """Close the tar."""
+        if self._tar >= 0:
+            os.close(self._tar)
+            self._tar = -1
+
+
+def list_source(path: str | os.PathLike[str]) -> Source:
+    """Find the images below a folder or in a tar, and what their folders mean.
+
+    Raises:
+        DataError: when the path does not exist or may not be read, holds no images, or holds several splits.
+    """
+    path = Path(path)
+    try:
+        is_folder = path.is_dir()
+        if not is_folder:
+            path.stat()
+    except OSError as error:
+        raise DataError(cannot_read(path, error)) from error
+    if not is_folder and path.suffix != ".tar":
+        raise DataError(f"{path} is neither a folder nor a .tar")
+    files, notes = _in_folder(path) if is_folder else _in_tar(path)
+    suffixes = Counter(PurePosixPath(file.name).suffix.lower() or "no suffix" for file in files)
+    images = sorted((file for file in files if is_image(file.name)), key=lambda image: image.name)
+    ignored = Counter({suffix: n for suffix, n in suffixes.items() if suffix[1:] not in PLAIN_IMAGES})
+    if not images:
+        other = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(3))
+        found = f"only other files ({other})" if other else "nothing"
+        raise DataError(f"{path} holds no images, {found}: images end in {', '.join(sorted(PLAIN_IMAGES))}")
+    folders = [image.name.rpartition("/")[0] for image in images]
+    shared = os.path.commonpath(folders) if all(folders) else ""
+    prefix = f"{shared}/" if shared else ""
+    inner = [image.name[len(prefix) :] for image in images]
+    classes = sorted({name.partition("/")[0] for name in inner if "/" in name})
+    loose = sum("/" not in name for name in inner)
+    if classes and loose:
+        notes.append(f"{loose} images lie beside the folders ({classes[0]}, ...): all are packed without labels")
+        classes = []
+    if len(classes) > 1 and {name.lower() for name in classes} <= _SPLITS:
+        raise DataError(f"{path} holds the splits {' and '.join(classes)}: pack each of them for itself")
+    return Source(path, tuple(images), tuple(classes), prefix, ignored, tuple(notes))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its suffix; hidden files (`._x.jpg` of a Mac) are not."""
+    base = name.rpartition("/")[2]
+    return not base.startswith(".") and base.rpartition(".")[2].lower() in PLAIN_IMAGES and "." in base
+
+
+def _in_folder(root: Path) -> tuple[list[Image], list[str]]:
+    """All files below a folder, through links as well, but through none twice."""
+    files: list[Image] = []
+    notes: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    stack = [""]
+    while stack:
+        below = stack.pop()
+        folder = root / below
+        try:
+            about = folder.stat()
+            if (about.st_dev, about.st_ino) in seen:
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = f"{below}{entry.name}"
+                    if entry.is_dir() and not entry.name.startswith("."):
+                        stack.append(f"{name}/")
+                    elif entry.is_file():
+                        files.append(Image(name, entry.stat().st_size))
+                    elif entry.is_symlink():
+                        notes.append(f"the link {folder / entry.name} leads nowhere")
+        except OSError as error:
+            raise DataError(cannot_read(folder, error)) from error
+    return files, notes
+
+
+def _in_tar(path: Path) -> tuple[list[Image], list[str]]:
+    """All regular files in a tar; what is wrong with it becomes notes."""
+    fd = open_tar(str(path))
+    findings: list[Finding] = []
+    try:
+        walk = walk_tar(fd, os.fstat(fd).st_size, lambda *about: findings.append(Finding(path.name, *about)))
+    finally:
+        os.close(fd)
+    files = {
+        name.decode("utf-8", "backslashreplace").removeprefix("./"): (size, offset)
+        for name, size, offset in zip(walk.names, walk.sizes, walk.offsets, strict=True)
+    }
+    counted = Counter(finding.kind for finding in findings)
+    first = {finding.kind: finding for finding in reversed(findings)}
+    notes = [f"{path.name}: {n} x {kind}, first: {first[kind].key} {first[kind].detail}" for kind, n in counted.items()]
+    if len(files) < len(walk.names):
+        notes.append(f"{path.name}: {len(walk.names) - len(files)} files have the name of another; the last is taken")
+    return [Image(name, size, offset) for name, (size, offset) in files.items()], notes
