@@ -18,7 +18,7 @@ class Size(NamedTuple):
     heads: int
 
 
-# Touvron et al. 2021 (arXiv:2012.12877, Table 1) for tiny and small; Dosovitskiy et al. 2021 (arXiv:2010.11929, Table 1).
+# Touvron et al. 2021 (arXiv:2012.12877, Table 1): tiny, small; arXiv:2010.11929 (Table 1): the others.
 SIZES = {
     "vit_tiny": Size(192, 12, 3),
     "vit_small": Size(384, 12, 6),

@@ -14,7 +14,7 @@ from tasks.encoder_config import EncoderConfig, Pool
 from tasks.errors import TaskError
 from tasks.positions import Grid, resize_table, rope_table, sincos2d_table
 from tasks.timm_models import create_timm, is_maskable, map_tokens, measured_config, norm_pooled, repeated_parts
-from tasks.vit import Rope, build_vit, init_vit, patch_rows, take
+from tasks.vit import Rope, build_vit, init_vit, patch_rows
 
 
 class Tokens(NamedTuple):
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fills every parameter anew, in MAE's way; timm models in their own. Also after `to_empty` from the meta device."""
+        """Fills every parameter anew (timm models in their own way); also after `to_empty` from the meta device."""
         trunk = self.trunk
         if self.config.timm_name is not None:
             trunk.init_weights()
@@ -114,14 +114,14 @@ class Encoder(nn.Module):
         """
         if not self.maskable:
             if keep is not None or mask is not None:
-                raise TaskError(f"{self.config.arch} mixes patches from the start, so none can be hidden: take a plain ViT")
+                raise TaskError(f"{self.config.arch} mixes patches early, so none can be hidden: take a plain ViT")
             return Tokens(*map_tokens(self.trunk.forward_features(images), self.trunk))
         x = self._embed(images, keep, mask, mask_token)
         rope = () if self.config.positions != "rope" else (self._rope(images, keep, x.dtype),)
         for block in self.trunk.blocks:
             x = block(x, *rope)
         x = self.trunk.norm(x)
-        return Tokens(x[:, : self.num_prefix], x[:, self.num_prefix :])
+        return Tokens(*torch.split(x, [self.num_prefix, x.shape[1] - self.num_prefix], dim=1))
 
     def pool(self, tokens: Tokens, how: Pool | None = None) -> Tensor:
         """One vector per image [b f]: the class token, the mean of the patch tokens, or both side by side.
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
         if table is None or (height, width) == (side, side):
             return None if table is None else table[0]
         new = (height // patch_size, width // patch_size)
-        prefix, patches = table[0].split([self._placed, self.num_patches])
+        prefix, patches = torch.split(table[0], [self._placed, self.num_patches])
         patches = resize_table(patches, self.grid, new, self.config.position_resize, square=height == width)
         return torch.cat([prefix, patches])
 
@@ -162,10 +162,9 @@ class Encoder(nn.Module):
 
     def _embed(self, images: Tensor, keep: Tensor | None, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
         trunk = self.trunk
-        patches = patch_rows(images, self.config.patch_size)
-        if keep is not None:  # before the embedding: a hidden patch is never multiplied
-            patches = take(patches, keep)
-            mask = None if mask is None else mask.gather(1, keep)
+        patches = patch_rows(images, self.config.patch_size, keep)  # a hidden patch is never even read
+        if mask is not None and keep is not None:
+            mask = mask.gather(1, keep)
         x = F.linear(patches, trunk.patch_embed.proj.weight.flatten(1), trunk.patch_embed.proj.bias)
         if mask is not None:
             if mask_token is None:

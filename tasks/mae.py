@@ -1,6 +1,6 @@
 """Masked autoencoder (He et al. 2022, arXiv:2111.06377).
 
-Axes: b = images, c = channels, h w = pixels, n = patches, k = visible patches, m = n - k hidden ones, p = prefix tokens,
+Axes: b = images, c = channels, h w = pixels, n = patches, k = visible ones, m = n - k hidden ones, p = prefix tokens,
 d = encoder width, e = decoder width, s = c * patch_size^2 numbers of a patch.
 
 The decoder never puts the tokens back in their places: attention does not care for the order as long as every token
@@ -9,17 +9,20 @@ the prediction are computed for the hidden patches only, which are the only ones
 """
 
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tasks.encoder_files import checkpoint_path, config_from_dict, load_strictly, read_checkpoint
 from tasks.encoders import Encoder, Tokens
 from tasks.errors import TaskError
 from tasks.masks import split_patches, visible_patches
+from tasks.original_files import encoder_config, encoder_state, mae_names
 from tasks.positions import sincos2d_table
-from tasks.vit import ViTBlock, init_vit, patch_rows, take
+from tasks.vit import ViTBlock, init_vit, last, patch_rows
 
 
 class MAEOutput(NamedTuple):
@@ -60,14 +63,15 @@ class MAE(nn.Module):
         if not encoder.maskable:
             raise TaskError(f"MAE hides patches, which {config.arch} cannot: take a plain ViT (vit_base, timm:vit_...)")
         if decoder_width % 4 or decoder_width % decoder_heads:
-            raise TaskError(f"decoder_width {decoder_width} must be divisible by 4 and by decoder_heads {decoder_heads}")
+            raise TaskError(f"decoder_width {decoder_width} is not divisible by 4 and by decoder_heads {decoder_heads}")
         if decoder_depth < 1:
             raise TaskError("decoder_depth must be at least 1")
         if not 0 < visible_patches(encoder.num_patches, mask_ratio) < encoder.num_patches:
-            raise TaskError(f"mask_ratio {mask_ratio} must leave some of {encoder.num_patches} patches seen, some hidden")
+            raise TaskError(f"mask_ratio {mask_ratio} must show some of {encoder.num_patches} patches and hide some")
         self.encoder = encoder
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
+        self.decoder_heads = decoder_heads
         self.patch_size, self.in_chans = config.patch_size, config.in_chans
         self.decoder_embed = nn.Linear(encoder.width, decoder_width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
@@ -81,6 +85,16 @@ class MAE(nn.Module):
         self.decoder_norm = norm(decoder_width)
         self.decoder_pred = nn.Linear(decoder_width, self.in_chans * self.patch_size**2)
         self._init_decoder()
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments besides the encoder, as plain values."""
+        return {
+            "decoder_width": self.decoder_embed.out_features,
+            "decoder_depth": len(self.decoder_blocks),
+            "decoder_heads": self.decoder_heads,
+            "mask_ratio": self.mask_ratio,
+            "norm_pix_loss": self.norm_pix_loss,
+        }
 
     def init_weights(self) -> None:
         """Fills every parameter and table anew, the encoder's too; also after `to_empty` from the meta device."""
@@ -106,21 +120,21 @@ class MAE(nn.Module):
         keep, hide = split_patches(noise, self.mask_ratio)
         latent = self.encoder(images, keep)
         tokens = self.decode(latent, keep, hide, hidden_only=loss_only)
-        pred = self._predict(tokens[:, -hide.shape[1] :])
+        pred = self._predict(last(tokens, hide.shape[1]))
         loss = self._loss(images, pred, hide)
         mask = torch.ones_like(noise).scatter_(1, keep, 0)
         if loss_only:
             return MAEOutput(loss, None, mask, latent)
-        seen = self._predict(tokens[:, self.encoder.num_prefix : -hide.shape[1]])
-        everything = torch.cat([seen, pred], dim=1)
+        everything = self._predict(tokens[:, self.encoder.num_prefix :])
         places = torch.cat([keep, hide], dim=1).argsort(dim=1)
-        return MAEOutput(loss, _pixels_last(take(everything, places), self.in_chans), mask, latent)
+        pred = everything.gather(1, places[:, :, None].expand_as(everything))
+        return MAEOutput(loss, _pixels_last(pred, self.in_chans), mask, latent)
 
     def decode(self, latent: Tokens, keep: Tensor, hide: Tensor, *, hidden_only: bool) -> Tensor:
         """Decoder tokens after the final norm: prefix, visible and hidden [b p+k+m e], or the hidden alone [b m e]."""
         prefix = self.encoder.num_prefix
         seen = self.decoder_embed(torch.cat([latent.prefix, latent.patches], dim=1))
-        of_prefix, of_patches = self.decoder_pos_embed[0].split([prefix, self.encoder.num_patches])
+        of_prefix, of_patches = torch.split(self.decoder_pos_embed[0], [prefix, self.encoder.num_patches])
         of_seen, of_hidden = F.embedding(keep, of_patches), F.embedding(hide, of_patches)
         of_seen = torch.cat([of_prefix.expand(len(seen), -1, -1), of_seen], dim=1)
         x = torch.cat([seen + of_seen, (self.mask_token + of_hidden).to(of_seen.dtype)], dim=1)
@@ -141,23 +155,59 @@ class MAE(nn.Module):
         return pixels.reshape(b, c, side * p, side * p)
 
     def _predict(self, tokens: Tensor) -> Tensor:
-        """Decoder tokens -> patches in (channel, row, column) order: permuting the weight is cheaper than the pixels."""
+        """Decoder tokens -> patches in (channel, row, column) order; permuting the weight is cheaper than pixels."""
         weight, bias = self.decoder_pred.weight, self.decoder_pred.bias
-        shape = (self.patch_size**2, self.in_chans)
-        weight = weight.unflatten(0, shape).transpose(0, 1).flatten(0, 1)
-        return F.linear(tokens, weight, bias.unflatten(0, shape).transpose(0, 1).flatten())
+        weight = weight.view(self.patch_size**2, self.in_chans, -1).transpose(0, 1).flatten(0, 1)
+        return F.linear(tokens, weight, bias.view(self.patch_size**2, self.in_chans).t().flatten())
 
     def _loss(self, images: Tensor, pred: Tensor, hide: Tensor) -> Tensor:
         """Mean squared error over hidden patches [b m s] of the whole batch, in float32 or better (section 3)."""
         with torch.autocast(images.device.type, enabled=False):
             pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
-            target = take(patch_rows(images, self.patch_size), hide).to(pred.dtype)
+            target = patch_rows(images, self.patch_size, hide).to(pred.dtype)
             if self.norm_pix_loss:
-                var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-                target = (target - mean) * (var + 1e-6).rsqrt()
+                # The authors divide by sqrt(unbiased variance + 1e-6), layer_norm (one kernel) by the biased one.
+                s = target.shape[-1]
+                gain = torch.full((s,), (1 - 1 / s) ** 0.5, dtype=target.dtype, device=target.device)
+                target = F.layer_norm(target, (s,), gain, None, 1e-6 * (1 - 1 / s))
             return F.mse_loss(pred, target)
+
+
+def load_mae(
+    source: str | Path, *, heads: int | None = None, decoder_heads: int = 16, norm_pix_loss: bool = True
+) -> MAE:
+    """A MAE with its weights, on the CPU, in evaluation mode.
+
+    Args:
+        source: a run's directory, its checkpoint, or the authors' .pth with the decoder in it.
+        heads: encoder heads of an original file whose size is not a published one.
+        decoder_heads: of an original file.
+        norm_pix_loss: of an original file, which does not tell.
+
+    Raises:
+        TaskError: nothing there, no MAE, or keys that are missing or unexpected.
+    """
+    path = checkpoint_path(source)
+    content = read_checkpoint(path)
+    if "trivit" in content:
+        about = content["trivit"]
+        if about["objective"] != "mae":
+            raise TaskError(f"{source} was trained with {about['objective']}, not with MAE: it reconstructs nothing")
+        mae = MAE(Encoder(config_from_dict(about["encoder"], str(source))), **about["model"])
+        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    else:
+        of_encoder, author = encoder_state(content, str(source))
+        config = encoder_config(of_encoder, author, str(source), heads)
+        if author != "mae" or "mask_token" not in content["model"]:
+            raise TaskError(f"{source} has no decoder, so it reconstructs nothing: take the file with it")
+        state = mae_names(content["model"])
+        depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
+        mae = MAE(Encoder(config), state["mask_token"].shape[2], depth, decoder_heads, norm_pix_loss=norm_pix_loss)
+    load_strictly(mae, state, str(source))
+    return mae.eval()
 
 
 def _pixels_last(patches: Tensor, channels: int) -> Tensor:
     """Patches in (channel, row, column) order -> (row, column, channel)."""
-    return patches.unflatten(2, (channels, -1)).transpose(2, 3).flatten(2)
+    b, n, s = patches.shape
+    return patches.reshape(b, n, channels, s // channels).transpose(2, 3).flatten(2)

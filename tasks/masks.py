@@ -30,7 +30,7 @@ def random_noise(rng: Tensor, n: int, purpose: str) -> Tensor:
 def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """Which patches are seen and which hidden: int64 [b k] and [b n-k], each in ascending order of their noise.
 
-    k = floor(n * (1 - mask_ratio)) as in MAE (arXiv:2111.06377, section 3). Equal numbers keep the order of the patches.
+    k = floor(n * (1 - mask_ratio)) as in MAE (arXiv:2111.06377, section 3). Equal numbers keep their order.
     """
     keep = visible_patches(noise.shape[1], mask_ratio)
     order = noise.argsort(dim=1, stable=True)

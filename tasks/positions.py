@@ -40,7 +40,7 @@ def resize_table(
     """A table [n d] of a grid stretched to another grid, [n' d]; differentiable, in float32 at least.
 
     `mae`: bicubic to the new size. `open_clip`: the same with antialiasing (also timm's manner). `dino`: bicubic by the
-    factor (new + 0.1) / old, which shifts every sample point (github.com/facebookresearch/dino/issues/8), and also where
+    factor (new + 0.1) / old, which shifts every sample point (github.com/facebookresearch/dino/issues/8), also where
     the number of patches is the same but the image is not square.
 
     Args:

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import timm
-import torch
 from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tasks.encoder_config import EncoderConfig
+from tasks.encoder_config import EncoderConfig, Pool
 from tasks.errors import TaskError
 
 
@@ -57,7 +56,7 @@ def _explain(name: str, error: Exception) -> str:
 
 def is_maskable(trunk: Any) -> bool:
     """Whether single patches can be hidden: a plain ViT, whose patch embedding sees one patch at a time."""
-    embed = getattr(trunk, "patch_embed", None)
+    embed: Any = getattr(trunk, "patch_embed", None)
     return (
         type(trunk) is VisionTransformer
         and type(embed) is PatchEmbed
@@ -70,7 +69,7 @@ def measured_config(config: EncoderConfig, trunk: Any) -> EncoderConfig:
     """The config with what the timm model itself decides: patch size (its total stride), class token, resizing."""
     patch_size = trunk.patch_embed.patch_size[0] if is_maskable(trunk) else trunk.feature_info[-1]["reduction"]
     if is_maskable(trunk) and config.image_size % patch_size:
-        raise TaskError(f"{config.arch} has patches of {patch_size}, which do not divide image_size {config.image_size}")
+        raise TaskError(f"{config.arch} has patches of {patch_size}, they do not divide image_size {config.image_size}")
     class_token = getattr(trunk, "cls_token", None) is not None
     return replace(config, patch_size=patch_size, class_token=class_token, position_resize="open_clip")
 
@@ -82,7 +81,7 @@ def pretrained_config(name: str, model: Any, image_size: int | None) -> EncoderC
     tag = cfg.get("tag")
     side = image_size or cfg["input_size"][-1]
     class_token = getattr(model, "cls_token", None) is not None
-    pool = "cls" if class_token and getattr(model, "global_pool", "") == "token" else "mean"
+    pool: Pool = "cls" if class_token and getattr(model, "global_pool", "") == "token" else "mean"
     return EncoderConfig(
         arch=f"timm:{arch}.{tag}" if tag and timm.is_model(arch) and ":" not in name else f"timm:{arch}",
         image_size=side,
@@ -130,9 +129,3 @@ def repeated_parts(trunk: nn.Module) -> list[nn.Module]:
                 for block in (blocks if isinstance(blocks, nn.ModuleList | nn.Sequential) else [stage])
             ]
     return [child for child in trunk.children() if any(True for _ in child.parameters())]
-
-
-def load_timm_trunk(trunk: nn.Module, pretrained: nn.Module) -> None:
-    """Copies the weights of one timm model into another of the same name."""
-    with torch.no_grad():
-        trunk.load_state_dict(pretrained.state_dict(), strict=True)

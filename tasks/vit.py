@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -18,13 +19,13 @@ Rope = tuple[Tensor, Tensor]
 
 
 class ViTBlock(Block):  # type: ignore[misc]
-    """timm's pre-norm block, with its parameters and names, that can also rotate, or answer for the last tokens only."""
+    """timm's pre-norm block, with its parameters, that can also rotate, or answer for the last tokens only."""
 
     def forward(self, x: Tensor, rope: Rope | None = None, queries: int | None = None) -> Tensor:
         """[b t d] -> [b t d], or [b q d] for the last `queries` tokens, which still attend to all t."""
         normed = self.norm1(x)
         if queries is not None:
-            x = x[:, -queries:]
+            x = last(x, queries)
         x = x + self.drop_path1(self.ls1(self._attend(normed, rope, queries)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[no-any-return]
 
@@ -34,10 +35,10 @@ class ViTBlock(Block):  # type: ignore[misc]
         if queries is None or queries == t:
             q, k, v = attn.qkv(x).view(b, t, 3, *heads).unbind(2)
         else:
-            weight, bias = attn.qkv.weight, attn.qkv.bias
-            q_bias, kv_bias = (None, None) if bias is None else bias.split([d, 2 * d])
-            q = F.linear(x[:, -queries:], weight[:d], q_bias).view(b, queries, *heads)
-            k, v = F.linear(x, weight[d:], kv_bias).view(b, t, 2, *heads).unbind(2)
+            q_weight, kv_weight = attn.qkv.weight.split([d, 2 * d])
+            q_bias, kv_bias = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([d, 2 * d])
+            q = F.linear(last(x, queries), q_weight, q_bias).view(b, queries, *heads)
+            k, v = F.linear(x, kv_weight, kv_bias).view(b, t, 2, *heads).unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -45,8 +46,13 @@ class ViTBlock(Block):  # type: ignore[misc]
         return attn.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+def last(x: Tensor, count: int) -> Tensor:
+    """The last `count` tokens of x [b t d]."""
+    return x[:, x.shape[1] - count :]
+
+
 def build_vit(config: EncoderConfig) -> Any:
-    """timm's VisionTransformer of a checked config, with our block and no head; parameters not yet initialised by us."""
+    """timm's VisionTransformer of a checked config, with our block and no head, its parameters not yet filled."""
     width, depth, heads = config.size
     return VisionTransformer(
         img_size=config.image_size,
@@ -72,6 +78,7 @@ def build_vit(config: EncoderConfig) -> Any:
     )
 
 
+@torch.no_grad()
 def init_vit(module: nn.Module) -> None:
     """Xavier-uniform linear layers and patch embedding with zero biases, unit norms (MAE, arXiv:2111.06377, A.1).
 
@@ -82,23 +89,29 @@ def init_vit(module: nn.Module) -> None:
             nn.init.xavier_uniform_(part.weight.flatten(1) if isinstance(part, nn.Conv2d) else part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
+        elif isinstance(part, nn.LayerNorm | LayerScale):
             part.reset_parameters()
-        elif hasattr(part, "gamma") and hasattr(part, "init_values"):
-            nn.init.constant_(part.gamma, part.init_values)
 
 
-def patch_rows(images: Tensor, patch_size: int) -> Tensor:
-    """Images [b c h w] -> patches [b n c*p*p], row-major, each in (channel, row, column) order like a convolution's
-    weight; what is left over at the right and bottom edge is not covered, as by a strided convolution."""
+def patch_rows(images: Tensor, patch_size: int, index: Tensor | None = None) -> Tensor:
+    """Images [b c h w] -> patches [b n c*p*p], row-major, each in (channel, row, column) order.
+
+    What is left over at the right and bottom edge is not covered, as by a strided convolution.
+
+    Args:
+        images: of any size.
+        patch_size: p, in pixels.
+        index: int64 [b k], take these patches only -> [b k c*p*p].
+    """
     b, c, height, width = images.shape
-    p = patch_size
-    rows, columns = height // p, width // p
+    p, rows, columns = patch_size, height // patch_size, width // patch_size
     images = images[:, :, : rows * p, : columns * p]
-    patches = images.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(b, rows * columns, c * p * p)
-
-
-def take(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows [b n d] at index [b k] -> [b k d]."""
-    return torch.gather(rows, 1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+    if index is None:
+        patches = images.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(b, rows * columns, c * p * p)
+    # A patch is c * p runs of p pixels; copying runs reads each wanted pixel once and the others never.
+    plane = rows * p * columns
+    first = index // columns * (p * columns) + index % columns
+    first = first + torch.arange(b, device=index.device)[:, None] * (c * plane)
+    runs = torch.arange(c, device=index.device)[:, None] * plane + torch.arange(p, device=index.device) * columns
+    return F.embedding(first[:, :, None] + runs.flatten(), images.reshape(-1, p)).flatten(2)

@@ -1,0 +1,181 @@
+"""Encoders from and to files: a run, a Lightning checkpoint, safetensors, timm, and the MAE and DINO authors' files.
+
+Nothing is unpickled beyond tensors, plain values and argparse.Namespace, and every key must find its place.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tasks.encoder_config import EncoderConfig
+from tasks.encoders import Encoder
+from tasks.errors import TaskError
+from tasks.original_files import encoder_config, encoder_state
+from tasks.positions import resize_table
+from tasks.timm_models import create_timm, pretrained_config
+
+FORMAT = 1
+
+
+def save_encoder(encoder: Encoder, path: str | Path) -> None:
+    """Writes an encoder alone: timm's parameter names, the config as JSON metadata; aside first, then renamed."""
+    path = Path(path)
+    metadata = {"trivit": json.dumps({"format": FORMAT, "encoder": asdict(encoder.config)}), "format": "pt"}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.trunk.state_dict().items()}
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(state, aside, metadata)
+        aside.replace(path)
+    except OSError as error:
+        raise TaskError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_encoder(source: str | Path, *, image_size: int | None = None, heads: int | None = None) -> Encoder:
+    """An encoder with its weights, on the CPU, in float32, in evaluation mode.
+
+    Args:
+        source: a run's directory, a Lightning checkpoint (.ckpt), an export (.safetensors), `timm:NAME` (also
+            `timm:hf-hub:...` and `timm:local-dir:...`), or a file of the MAE or DINO authors (.pth).
+        image_size: side of the images it will see; the position table is resized in the manner of its authors.
+            None: as it was trained.
+        heads: attention heads of an original file whose size is not a published one.
+
+    Raises:
+        TaskError: nothing there, not an encoder, or keys that are missing or unexpected (all are listed).
+    """
+    name = str(source)
+    if name.startswith("timm:"):
+        return _from_timm(name.removeprefix("timm:"), image_size).eval()
+    path = checkpoint_path(source)
+    if path.suffix == ".safetensors":
+        config, state = _read_export(path)
+    else:
+        content = read_checkpoint(path)
+        if isinstance(content, dict) and "trivit" in content:
+            config, state = _read_lightning(content, path)
+        else:
+            state, author = encoder_state(content, name)
+            config = encoder_config(state, author, name, heads)
+    trained_size = config.image_size
+    config = config.at(image_size or trained_size)
+    encoder = Encoder(config)
+    if image_size is not None and config.timm_name is None and config.positions != "rope":
+        _resize_positions(state, encoder, trained_size)
+    load_strictly(encoder.trunk, state, name)
+    return encoder.eval()
+
+
+def checkpoint_path(source: str | Path) -> Path:
+    """The file that a run's directory or a path means; TaskError when it is not there."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+        if not path.is_file():
+            raise TaskError(f"{source} is no finished or running trivit run: it has no checkpoints/last.ckpt")
+    if not path.is_file():
+        raise TaskError(f"no such checkpoint: {source}")
+    return path
+
+
+def checkpoint_hash(source: str | Path) -> str:
+    """The first 16 hex digits of the SHA-256 of a checkpoint's bytes, for a protocol; `timm:NAME`: of its weights."""
+    if str(source).startswith("timm:"):
+        return weights_hash(load_encoder(source))
+    with checkpoint_path(source).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def weights_hash(module: nn.Module) -> str:
+    """The first 16 hex digits of the SHA-256 of an encoder's config and weights, or of any module's weights."""
+    digest = hashlib.sha256(repr(getattr(module, "config", None)).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What torch saved: tensors, plain values and argparse.Namespace; TaskError for anything else."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = "it is damaged or not a checkpoint"
+        if "weights_only" in str(error) and "Unsupported" in str(error):
+            reason = "it holds Python objects besides tensors, which could run code"
+        raise TaskError(f"cannot read {path}: {reason}") from error
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads a state dict whose keys and shapes must be the module's; TaskError lists what is not."""
+    own = module.state_dict()
+    wrong = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        parts = [f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
+        raise TaskError(f"{source} does not fit; keys {'; '.join(parts)}")
+    module.load_state_dict(state)
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> EncoderConfig:
+    """The config that asdict, JSON or YAML made plain; TaskError for fields that this version does not know."""
+    try:
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return EncoderConfig(**values)
+    except TypeError as error:
+        raise TaskError(f"{source} was written by another version of trivit: {error}") from error
+
+
+def _read_export(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = (file.metadata() or {}).get("trivit")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise TaskError(f"cannot read {path}: {error}") from error
+    if metadata is None:
+        raise TaskError(f"{path} was not written by trivit: it does not say which encoder it holds")
+    return config_from_dict(json.loads(metadata)["encoder"], str(path)), state
+
+
+def _read_lightning(content: dict[str, Any], path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    about = content["trivit"]
+    prefix = f"{about['encoder_prefix']}trunk."
+    state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    return config_from_dict(about["encoder"], str(path)), state
+
+
+def _from_timm(name: str, image_size: int | None) -> Encoder:
+    model = create_timm(name, image_size=image_size, pretrained=True)
+    encoder = Encoder(pretrained_config(name, model, image_size))
+    load_strictly(encoder.trunk, model.state_dict(), f"timm:{name}")
+    return encoder
+
+
+def _resize_positions(state: dict[str, Tensor], encoder: Encoder, trained_size: int) -> None:
+    config, table = encoder.config, state.get("pos_embed")
+    side = trained_size // config.patch_size
+    if table is None or table.shape[1] < side * side:
+        return  # load_strictly says what is wrong
+    prefix, patches = torch.split(table[0], [table.shape[1] - side * side, side * side])
+    patches = resize_table(patches, (side, side), encoder.grid, config.position_resize)
+    state["pos_embed"] = torch.cat([prefix, patches])[None]

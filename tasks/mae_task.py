@@ -1,0 +1,62 @@
+"""MAE pretraining as a LightningModule (He et al. 2022, arXiv:2111.06377, Table 8 for the defaults)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tasks.encoder_config import EncoderConfig
+from tasks.encoders import Encoder
+from tasks.mae import MAE
+from tasks.masks import random_noise
+from tasks.task import PretrainTask
+
+
+class MAETask(PretrainTask):
+    """Masked autoencoding of images.
+
+    Args:
+        encoder: a plain Vision Transformer.
+        decoder_width: channels of a decoder token.
+        decoder_depth: decoder blocks.
+        decoder_heads: attention heads of the decoder.
+        mask_ratio: share of the patches that is hidden.
+        norm_pix_loss: predict each patch after normalising it by its own mean and deviation.
+        lr: peak learning rate; exactly one of lr and base_lr.
+        base_lr: peak learning rate for a global batch of 256; scaled linearly with the batch.
+        min_lr: learning rate at the end.
+        warmup_epochs: length of the warm-up; at most one of warmup_epochs and warmup_steps.
+        warmup_steps: the same in optimiser steps.
+        weight_decay: of matrices and tokens; vectors and biases have none.
+        betas: AdamW's averaging rates.
+    """
+
+    objective = "mae"
+    model: MAE
+
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        lr: float | None = None,
+        base_lr: float | None = None,
+        min_lr: float = 0.0,
+        warmup_epochs: float | None = None,
+        warmup_steps: int | None = None,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        super().__init__(lr, base_lr, min_lr, warmup_epochs, warmup_steps, weight_decay, betas)
+        self.model = MAE(Encoder(encoder), decoder_width, decoder_depth, decoder_heads, mask_ratio, norm_pix_loss)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """The loss of one micro-batch {"image": float [b c h w], "rng": int64 [b]}."""
+        noise = random_noise(batch["rng"], self.model.encoder.num_patches, "mae mask")
+        return {"loss": self.model(batch["image"], noise, loss_only=True).loss}
+
+    def model_settings(self) -> dict[str, Any]:
+        """MAE's arguments besides the encoder."""
+        return self.model.settings()

@@ -1,0 +1,148 @@
+"""What every pretraining objective shares as a LightningModule: optimiser, rate, randomness, self-description."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from tasks.encoder_config import EncoderConfig
+from tasks.errors import TaskError
+from tasks.param_groups import weight_decay_groups
+from tasks.schedules import warmup_cosine
+
+
+class PretrainTask(pl.LightningModule):
+    """Trains `self.model` with AdamW under a warm-up and a cosine.
+
+    A subclass sets `model` and `objective`; its `training_step` returns {"loss": ..., name: detached scalar}.
+    The trainer must have max_steps and a datamodule with global_batch_size, steps_per_epoch and seed.
+
+    Args:
+        lr: peak learning rate; exactly one of lr and base_lr.
+        base_lr: peak learning rate for a global batch of 256; scaled linearly with the batch.
+        min_lr: learning rate at the end.
+        warmup_epochs: length of the warm-up, may be fractional; at most one of warmup_epochs and warmup_steps.
+        warmup_steps: the same in optimiser steps.
+        weight_decay: of matrices and tokens; vectors and biases have none.
+        betas: AdamW's averaging rates.
+
+    Raises:
+        TaskError: settings that contradict each other, and, when training starts, a warm-up as long as the run.
+    """
+
+    objective = ""
+    encoder_prefix = "model.encoder."
+    model: torch.nn.Module
+
+    def __init__(
+        self,
+        lr: float | None = None,
+        base_lr: float | None = None,
+        min_lr: float = 0.0,
+        warmup_epochs: float | None = None,
+        warmup_steps: int | None = None,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        super().__init__()
+        if (lr is None) == (base_lr is None):
+            raise TaskError("give exactly one of lr and base_lr (base_lr is multiplied by global_batch_size / 256)")
+        if warmup_epochs is not None and warmup_steps is not None:
+            raise TaskError("give warmup_epochs or warmup_steps, not both")
+        if min(lr or 0, base_lr or 0, min_lr, warmup_epochs or 0, warmup_steps or 0, weight_decay) < 0:
+            raise TaskError("lr, base_lr, min_lr, warm-up and weight_decay cannot be negative")
+        self.lr, self.base_lr, self.min_lr = lr, base_lr, min_lr
+        self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
+        self.weight_decay, self.betas = weight_decay, betas
+        self.lr_now = 0.0
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """The largest learning rate of a run with that batch."""
+        if self.lr is not None:
+            return self.lr
+        assert self.base_lr is not None
+        return self.base_lr * global_batch_size / 256
+
+    def warmup(self, steps_per_epoch: int) -> float:
+        """Length of the warm-up in optimiser steps."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs * steps_per_epoch
+        return float(self.warmup_steps or 0)
+
+    def learning_rate(self, step: int, total: int, steps_per_epoch: int, global_batch_size: int) -> float:
+        """Learning rate of the optimiser step number `step`, counted from 0, of `total`."""
+        return warmup_cosine(step, total, self.warmup(steps_per_epoch), self.peak_lr(global_batch_size), self.min_lr)
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW, one kernel per group where the device has it."""
+        groups = weight_decay_groups(self.named_parameters(), self.weight_decay)
+        devices = {parameter.device.type for group in groups for parameter in group["params"]}
+        fused = devices <= {"cpu", "cuda"} and len(devices) == 1
+        rate = self.lr if self.lr is not None else self.base_lr
+        assert rate is not None
+        return AdamW(groups, lr=rate, betas=self.betas, fused=fused, foreach=None if fused else True)
+
+    def check_schedule(self, total: int, steps_per_epoch: int) -> None:
+        """Raises TaskError for a warm-up that is not shorter than the run of `total` optimiser steps."""
+        warmup = self.warmup(steps_per_epoch)
+        if warmup >= total:
+            raise TaskError(f"the warm-up of {warmup:g} steps is not shorter than the run of {total}: shorten it")
+
+    def on_fit_start(self) -> None:
+        """Refuses a schedule that cannot work."""
+        self.check_schedule(self.trainer.max_steps, self._data.steps_per_epoch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds what is random inside the model (drop path) by place in the run, so that a resumed run repeats it."""
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        place = (self._data.seed, self.trainer.global_step, micro, self.trainer.global_rank)
+        torch.manual_seed(zlib.crc32(repr(place).encode()))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Sets the learning rate of this optimiser step, then takes it."""
+        data = self._data
+        self.lr_now = self.learning_rate(
+            self.trainer.global_step, self.trainer.max_steps, data.steps_per_epoch, data.global_batch_size
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr_now * group.get("lr_scale", 1.0)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says in the checkpoint what it holds, so that it can be read without the run's config."""
+        checkpoint["trivit"] = {
+            "format": 1,
+            "objective": self.objective,
+            "encoder": asdict(self.encoder_config),
+            "encoder_prefix": self.encoder_prefix,
+            "model": self.model_settings(),
+        }
+
+    @property
+    def encoder_config(self) -> EncoderConfig:
+        """The config of the encoder that evaluation will use."""
+        encoder: Any = self.get_submodule(self.encoder_prefix.removesuffix("."))
+        return encoder.config  # type: ignore[no-any-return]
+
+    def model_settings(self) -> dict[str, Any]:
+        """What builds `model` around the encoder again; plain values only."""
+        return {}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """The loss of one micro-batch and scalars to log."""
+        raise NotImplementedError
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
