@@ -1,0 +1,18 @@
+"""Memory for a batch of images that a loader worker hands over without a copy.
+
+Axes: b = images, c = channels, h, w = rows and columns.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+
+def empty_images(b: int, c: int, h: int, w: int) -> Tensor:
+    """Make an uninitialised uint8 [b c h w], channels innermost; in shared memory when called in a loader worker."""
+    strides = (h * w * c, 1, w * c, c)
+    if get_worker_info() is None:
+        return torch.empty_strided((b, c, h, w), strides, dtype=torch.uint8)
+    # As torch's default collate does: the batch is written where the main process will read it.
+    storage = torch.UntypedStorage._new_shared(b * c * h * w)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (b, c, h, w), strides)
