@@ -67,7 +67,7 @@ def _program(data: Path, output: Path, steps: int) -> list[float]:
 
 def _bare(data: Path, output: Path, steps: int) -> list[float]:
     cli, config = _config(data, output, steps)
-    parts = cli.parser.instantiate_classes(config)
+    parts = cli.parser.instantiate(config)
     task: PretrainTask = parts.model
     source: ShardDataModule = parts.data
     source.setup("fit")

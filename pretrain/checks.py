@@ -1,12 +1,13 @@
 """What a config means: values that follow from others, and combinations that cannot work."""
 
 from dataclasses import fields
+from inspect import signature
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from pretrain.errors import RunError
-from tasks.encoders import EncoderConfig
+from tasks.encoder_config import EncoderConfig
 
 # trivit decides these itself; a user who set one would be ignored, so it is refused with the key to use instead.
 DERIVED = {
@@ -38,7 +39,7 @@ def check(config: Namespace) -> None:
     for key in ("checkpoint_every", "log_every"):
         if config[key] < 1:
             raise RunError(f"{key} counts optimiser steps and must be at least 1, not {config[key]}")
-    defaults = {p: v.default for p, v in _signature(Trainer).items()}
+    defaults = {name: parameter.default for name, parameter in signature(Trainer).parameters.items()}
     for key, instead in DERIVED.items():
         value = config.trainer.get(key)
         if value is not None and value != defaults[key]:
@@ -64,9 +65,3 @@ def max_steps(config: Namespace, steps_per_epoch: int) -> int:
     if config.epochs is None:
         return int(config.trainer.max_steps)
     return max(1, round(config.epochs * steps_per_epoch))
-
-
-def _signature(cls: type):  # type: ignore[no-untyped-def]
-    from inspect import signature
-
-    return signature(cls.__init__).parameters

@@ -6,7 +6,12 @@ of `tasks/`), `data` (ShardDataModule) and `trainer` (lightning.pytorch.Trainer)
 
 import argparse
 import logging
+import re
 import warnings
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.errors import RunError
+from tasks.encoder_config import EncoderConfig
 from tasks.task import PretrainTask
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
@@ -35,7 +41,12 @@ class PretrainCLI(LightningCLI):
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"exit_on_error": False, "prog": "trivit pretrain", "description": "Train an encoder."},
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "prog": "trivit pretrain",
+                "description": "Train an encoder.",
+            },
             args=arguments,
             run=False,
         )
@@ -106,24 +117,36 @@ def find_configs(arguments: list[str]) -> list[str]:
 
 
 def shorten(message: str) -> str:
-    """The cause in one line: jsonargparse reports a bad key inside a class as a union of every type it tried."""
-    lines = [line.strip(" -\t") for line in message.splitlines() if line.strip()]
-    telling = (
-        "is not accepted",
-        "not in group",
-        "No action for",
-        "Unrecognized",
-        "Option",
-        'Key "',
-        "does not match",
-        "Expected",
-        "is required",
-        "not a member",
-    )  # noqa: E501
-    cause = [line for line in lines if any(word in line for word in telling)]
-    text = (cause[-1] if cause else lines[-1]) if lines else message
-    first = lines[0] if lines and lines[0] != text and len(lines[0]) < 160 else ""
-    return f"{first.rstrip(':')}: {text}" if first else text
+    """The cause in one line: jsonargparse reports a bad key inside a class as a union of every type that it tried."""
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    owner = re.findall(r"Problem with given class_path '([^']+)'", message)
+    unknown = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: (\S+)", message)
+    if unknown:
+        name = (unknown[1] or unknown[2]).split("=")[0].lstrip("-")
+        where = f"{key}: {owner[-1]} has" if owner else "there is"
+        return f"{where} no setting {name!r}{_did_you_mean(name, owner)}"
+    causes = []
+    for line in message.splitlines():
+        line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -\t")).replace("typing.", "")
+        noise = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given")
+        noise += ("Given value: NestedArg", "Given value: {", "Expected a NoneType")
+        if line and not line.startswith(noise):
+            causes.append(line.replace("Expected a ", "expected ").replace("Got value:", "got"))
+    text = "; ".join(dict.fromkeys(causes))
+    text = f"{text[:300]}..." if len(text) > 300 else text
+    return ": ".join(part for part in (key, *owner[-1:], text) if part)
+
+
+def _did_you_mean(name: str, owner: list[str]) -> str:
+    if not owner:
+        return "; see trivit pretrain --help"
+    module, _, cls = owner[-1].rpartition(".")
+    known = list(signature(getattr(import_module(module), cls)).parameters)
+    parent, dot, leaf = name.rpartition(".")
+    if parent == "encoder":
+        known = [field.name for field in fields(EncoderConfig)]
+    near = get_close_matches(leaf, known, n=1)
+    return f"; did you mean {parent}{dot}{near[0]}?" if near else f"; it has {', '.join(known)}"
 
 
 def plain(config: Namespace) -> dict[str, Any]:

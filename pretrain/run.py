@@ -54,7 +54,7 @@ def train(cli: PretrainCLI, config: Namespace) -> Path:
     directory.claim()
     try:
         config.data.train = str(open_shards(config.data.train))
-        parts = cli.parser.instantiate_classes(config)
+        parts = cli.parser.instantiate(config)
         data: ShardDataModule = parts.data
         task: PretrainTask = parts.model
         data.bad_samples_file = directory.path / "bad_samples.jsonl"

@@ -24,13 +24,23 @@ def losses(run: Path) -> list[tuple[str, str]]:
         return [(row["step"], row["train/loss"]) for row in csv.DictReader(file)]
 
 
-def test_a_run_leaves_what_the_contract_names(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_what_the_contract_names(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert pretrain(*small, "--output", run) == 0
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
-    assert {"epoch", "seconds", "train/loss", "train/lr", "train/images_per_second", "train/grad_norm", "train/data_wait"} <= rows[0].keys()
+    assert {
+        "epoch",
+        "seconds",
+        "train/loss",
+        "train/lr",
+        "train/images_per_second",
+        "train/grad_norm",
+        "train/data_wait",
+    } <= rows[0].keys()
     assert float(rows[0]["train/lr"]) == 0.0  # the first iteration of the original schedule
     assert float(rows[-1]["epoch"]) == pytest.approx(8 / 6)
     config = yaml.safe_load((run / "config.yaml").read_text())
