@@ -1,0 +1,84 @@
+"""The account of bad samples: each is named once in `bad_samples.jsonl`, and too many of them stop the run."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from datamodules.errors import DataError
+
+_A_FAIR_SAMPLE = 10_000
+
+
+class BadSample(NamedTuple):
+    """A sample that was replaced: shard (file name), key, reason, and the epoch in which it was met."""
+
+    shard: str
+    key: str
+    reason: str
+    epoch: int
+
+
+class BadSamples:
+    """Counts the different bad samples of a run, over all its ranks and earlier starts as far as the file knows them.
+
+    The budget is a share of the samples drawn so far (at most one epoch of them, at least ten thousand or the whole
+    data set), so that a broken data set stops a run early and a single bad image never stops a small one twice over.
+
+    Args:
+        path: the JSON lines file, shared by all ranks; None keeps the account in memory.
+        budget: largest share of bad samples.
+        num_samples: of the data set.
+        root: the data set's folder, for the message.
+    """
+
+    def __init__(self, path: Path | None, budget: float, num_samples: int, root: Path) -> None:
+        self.path, self.budget, self.num_samples, self.root = path, budget, num_samples, root
+        self._known: set[tuple[str, str]] = set()
+        self._read_up_to = 0
+        self._read()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, bad: Iterable[BadSample], drawn: int) -> None:
+        """Name those that are new; `drawn` samples were drawn since the run began. DataError beyond the budget."""
+        bad = list(bad)
+        if not bad:
+            return
+        self._read()
+        new = {(sample.shard, sample.key): sample for sample in bad if (sample.shard, sample.key) not in self._known}
+        if self.path is not None and new:
+            lines = "".join(json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in new.values())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.write(file, lines.encode("utf-8", "backslashreplace"))  # one write: lines of other ranks stay whole
+            finally:
+                os.close(file)
+        self._known |= new.keys()
+        allowed = self.budget * min(self.num_samples, max(drawn, _A_FAIR_SAMPLE))
+        if len(self._known) > allowed:
+            last = bad[-1]
+            named = f"; all are named in {self.path}" if self.path else ""
+            raise DataError(
+                f"{len(self._known)} bad samples in {self.root} are more than data.bad_sample_budget {self.budget:g} "
+                f"allows, the last one: {last.shard}, {last.key}: {last.reason}{named}. "
+                f"`trivit shards verify {self.root}` shows what is wrong"
+            )
+
+    def _read(self) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read_up_to)
+            text = file.read()
+        whole = text.rfind(b"\n") + 1
+        self._read_up_to += whole
+        for line in text[:whole].splitlines():
+            try:
+                entry = json.loads(line)
+                self._known.add((entry["shard"], entry["key"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # cut by a crash: that sample will be met and named again

@@ -1,0 +1,125 @@
+"""Evaluation data: every sample once, in order, resized and cropped in the middle.
+
+Axes: b = images, s = side of the crop.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datamodules.bad_samples import BadSample
+from datamodules.batches import empty_images
+from datamodules.crops import center_crop, resize_shorter_side
+from datamodules.errors import DataError
+from datamodules.loader import check_workers, default_workers, iterate
+from datamodules.manifest import load_manifest
+from datamodules.order import Ints
+from datamodules.shard_reader import BadSampleError, ShardReader
+
+log = logging.getLogger("trivit")
+
+
+class EvaluationLoader:
+    """Iterates over {"image": uint8 [b 3 s s], "label": int64 [b] (-1: unknown), "key": list of "SHARD/KEY"}.
+
+    Bad samples are left out; after an iteration `bad` names them. `manifest` describes the data set, and `len()` is the
+    number of batches.
+    """
+
+    def __init__(
+        self, root: Path, *, crop_size: int, resize: int, batch_size: int, workers: int, limit: int | None,
+        pin_memory: bool,
+    ) -> None:  # fmt: skip
+        self.manifest = load_manifest(root)
+        self.workers, self.pin_memory = workers, pin_memory
+        self.bad: list[BadSample] = []
+        count = self.manifest.num_samples
+        chosen: Ints = np.arange(count, dtype=np.int64)
+        if limit is not None and limit < count:
+            chosen = chosen[:limit] * count // limit  # spread out: neighbours may be of one class
+        ends = np.cumsum(self.manifest.counts)
+        shard = np.searchsorted(ends, chosen, side="right")
+        sample = chosen - (ends - self.manifest.counts)[shard]
+        cuts = range(batch_size, len(chosen), batch_size)
+        places = list(zip(np.split(shard, cuts), np.split(sample, cuts), strict=True))
+        self._batches = _Batches(ShardReader(self.manifest), places, crop_size, resize)
+
+    def __len__(self) -> int:
+        return len(self._batches.places)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.bad = []
+        for batch in iterate(self._batches, range(len(self)), workers=self.workers, pin_memory=self.pin_memory):
+            self.bad += batch.pop("bad")
+            if batch["key"]:
+                yield batch
+        if self.bad:
+            first = self.bad[0]
+            log.warning(
+                "%s: %d bad samples left out, the first one: %s, %s: %s",
+                self.manifest.root, len(self.bad), first.shard, first.key, first.reason,
+            )  # fmt: skip
+
+
+def evaluation_loader(
+    root: str | os.PathLike[str], *, crop_size: int, resize: int, batch_size: int = 256, workers: int | None = None,
+    limit: int | None = None, pin_memory: bool = False,
+) -> EvaluationLoader:  # fmt: skip
+    """Read a folder of shards for evaluation.
+
+    Args:
+        root: the folder.
+        crop_size: side of the central crop, pixels.
+        resize: the shorter side is first resized to this (bicubic, antialiased), pixels.
+        batch_size: images in a batch; the last one may hold fewer.
+        workers: processes; None takes the cores there are.
+        limit: read only so many samples, spread evenly over the set.
+        pin_memory: put the batches where an accelerator can fetch them.
+
+    Raises:
+        DataError: for numbers that make no sense, or a folder without samples.
+    """
+    if not 1 <= crop_size <= resize:
+        raise DataError(f"crop_size {crop_size} must be at least 1 and at most resize, which is {resize}")
+    if batch_size < 1:
+        raise DataError(f"batch_size {batch_size} must be at least 1")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit {limit} must be at least 1")
+    check_workers(workers)
+    if workers is None:
+        workers = default_workers(on_accelerator=pin_memory)
+    return EvaluationLoader(
+        Path(root), crop_size=crop_size, resize=resize, batch_size=batch_size, workers=workers, limit=limit,
+        pin_memory=pin_memory,
+    )  # fmt: skip
+
+
+class _Batches(Dataset[dict[str, Any]]):
+    """Batches by number; `places` holds the shard and sample numbers of each."""
+
+    def __init__(self, reader: ShardReader, places: list[tuple[Ints, Ints]], crop_size: int, resize: int) -> None:
+        self.reader, self.places, self.crop_size, self.resize = reader, places, crop_size, resize
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        places = list(zip(*(column.tolist() for column in self.places[index]), strict=True))
+        images = empty_images(len(places), 3, self.crop_size, self.crop_size)
+        labels: list[int] = []
+        keys: list[str] = []
+        bad: list[BadSample] = []
+        for shard, sample in places:
+            try:
+                key, image = self.reader.image(shard, sample)
+                label = self.reader.label(shard, sample)
+            except BadSampleError as error:
+                bad.append(BadSample(error.shard, error.key, error.reason, 0))
+                continue
+            images[len(keys)] = center_crop(resize_shorter_side(image, self.resize), self.crop_size)
+            labels.append(label)
+            keys.append(f"{self.reader.name(shard)}/{key}")
+        return {"image": images[: len(keys)], "label": torch.tensor(labels, dtype=torch.int64), "key": keys, "bad": bad}

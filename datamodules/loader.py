@@ -1,0 +1,136 @@
+"""Running a map-style dataset of whole batches in worker processes that neither outlive, hang nor interrupt the run."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.errors import DataError
+
+_MOST_WORKERS = 16
+
+
+class Failure(NamedTuple):
+    """Sent by a worker in place of a batch: torch would raise its DataError anew with a traceback for a message."""
+
+    message: str
+
+
+class GuardedDataset(Dataset[Any]):
+    """Gives a `Failure` where the dataset raises a DataError."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return Failure(str(error))
+
+
+def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_memory: bool = False) -> Iterator[Any]:
+    """Yield `dataset[i]` for each of the indices, in this order, prepared ahead by worker processes.
+
+    Workers are forked (where the system can), because an unguarded user script must not run again in each of them; what
+    they execute uses a single thread and no lock that another thread of the parent may have held.
+
+    Raises:
+        DataError: one that a worker met, or when a worker was killed.
+    """
+    loader = DataLoader(
+        GuardedDataset(dataset),
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_settle_worker if workers else None,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        generator=torch.Generator(),  # or torch would draw from the global one, and what comes later would differ
+    )
+    with _interrupt_held_back(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, Failure):
+                raise DataError(batch.message)
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loader worker was killed ({str(error).splitlines()[0]}): usually memory or shared memory (/dev/shm) "
+            "ran out; use fewer data.workers or a smaller data.device_batch_size"
+        ) from error
+    finally:
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def available_cores(local_ranks: int = 1) -> int:
+    """CPU cores of this rank: by affinity, container quota and SLURM, shared by the `local_ranks` of its node."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu.max") as file:  # noqa: PTH123 - not a file of ours
+            quota, period = file.read().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if of_task.isdecimal() and "SLURM_PROCID" in os.environ:
+        return max(1, min(cores, int(of_task)))
+    return max(1, cores // local_ranks)
+
+
+def default_workers(local_ranks: int = 1, *, on_accelerator: bool) -> int:
+    """How many workers a rank gets unless it says: a core each but one, or a few when the CPU itself trains."""
+    cores = available_cores(local_ranks)
+    return max(1, min(_MOST_WORKERS, cores - 1 if on_accelerator else cores // 4))
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse a negative number. DataError."""
+    if workers is not None and workers < 0:
+        raise DataError(f"workers {workers} must be 0 (load in the main process) or more")
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _settle_worker(_: int) -> None:
+    """Leave signals to the main process: it decides when a run ends, and needs its batches until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGUSR1", "SIGUSR2", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # SLURM sends TERM to every process of a job. From anyone but the parent it is not for us.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (parent, 0):
+        pass
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Ctrl-C while workers start would end each of them in a traceback; it is delivered afterwards instead."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,181 @@
+"""The LightningDataModule of every objective: shards to normalised batches, and the state to resume from."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from datamodules.bad_samples import BadSamples
+from datamodules.errors import DataError
+from datamodules.loader import check_workers, default_workers
+from datamodules.manifest import Manifest, load_manifest
+from datamodules.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
+from datamodules.open_shards import open_shards
+from datamodules.order import Order
+from datamodules.recipes import Recipe
+from datamodules.shard_reader import ShardReader
+from datamodules.stream import StepLoader, TrainStream
+
+
+class Layout(NamedTuple):
+    """How a global batch is shared: per rank and optimiser step, per rank and forward pass, and how many of those."""
+
+    rank_batch: int
+    micro_batch: int
+    accumulate: int
+
+
+class ShardDataModule(LightningDataModule):
+    """Training batches, the same ones on any number of ranks and workers.
+
+    Args:
+        train: a folder of shards; a folder or tar of images is packed into the cache first.
+        recipe: the augmentation.
+        global_batch_size: samples of one optimiser step over all ranks.
+        device_batch_size: the most samples that one device holds; more are accumulated.
+        seed: of order and augmentation.
+        lanes: see `order`; None takes the largest divisor of the global batch size up to 64.
+        window: shards that are shuffled together in a lane.
+        workers: loader processes of a rank; 0 loads in the main process, None goes by the cores.
+        bad_sample_budget: largest share of samples that may be bad before the run stops.
+        mean, std: of the pixels, for normalisation, in [0, 1].
+        resume_anyway: go on from a checkpoint although data, seed, global batch, lanes or window differ from its own.
+
+    Raises:
+        DataError: here or in `setup`, for numbers that do not fit each other, the data or the Trainer.
+    """
+
+    def __init__(
+        self, train: str, recipe: Recipe, global_batch_size: int, device_batch_size: int = 256, seed: int = 0,
+        lanes: int | None = None, window: int = 4, workers: int | None = None, bad_sample_budget: float = 0.01,
+        mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD, resume_anyway: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value in (("global_batch_size", global_batch_size), ("device_batch_size", device_batch_size)):
+            if value < 1:
+                raise DataError(f"{name} {value} must be at least 1")
+        if not 0 <= bad_sample_budget <= 1:
+            raise DataError(f"bad_sample_budget {bad_sample_budget} is a share: it must be between 0 and 1")
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise DataError(f"mean {list(mean)} and std {list(std)} must be three numbers each, std above 0")
+        check_workers(workers)
+        self.train, self.recipe = train, recipe
+        self.global_batch_size, self.device_batch_size = global_batch_size, device_batch_size
+        self.seed, self.lanes, self.window, self.workers = seed, lanes, window, workers
+        self.bad_sample_budget, self.mean, self.std, self.resume_anyway = bad_sample_budget, mean, std, resume_anyway
+        self.bad_samples_file: Path | None = None
+        self.bad_samples: BadSamples | None = None
+        self._order: Order | None = None
+        self._manifest: Manifest | None = None
+
+    def layout(self, world_size: int) -> Layout:
+        """Share the global batch: the fewest micro-batches that fit on a device. DataError when it is not divisible."""
+        b = self.global_batch_size
+        if b % world_size:
+            below, above = b // world_size * world_size, -(-b // world_size) * world_size
+            nearest = f"{above}" if below == 0 else f"{below} or {above}"
+            raise DataError(
+                f"global_batch_size {b} cannot be divided by {world_size} ranks: the nearest that can are {nearest}"
+            )
+        rank_batch = b // world_size
+        accumulate = next(
+            n for n in range(1, rank_batch + 1) if rank_batch % n == 0 and rank_batch // n <= self.device_batch_size
+        )
+        return Layout(rank_batch, rank_batch // accumulate, accumulate)
+
+    def prepare_data(self) -> None:
+        """Pack and index what is missing, on one rank of each node."""
+        load_manifest(open_shards(self.train))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the manifest and lay out the order."""
+        if self._order is None:
+            self._manifest = load_manifest(open_shards(self.train))
+            self._order = Order(
+                self._manifest.counts, seed=self.seed, global_batch_size=self.global_batch_size, lanes=self.lanes,
+                window=self.window,
+            )  # fmt: skip
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is in the training set; there after `setup`."""
+        self.setup()
+        assert self._manifest is not None
+        return self._manifest
+
+    @property
+    def order(self) -> Order:
+        """Which sample comes when; there after `setup`."""
+        self.setup()
+        assert self._order is not None
+        return self._order
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return self.order.steps_per_epoch
+
+    def train_dataloader(self) -> StepLoader:
+        """Micro-batches from the Trainer's current step on; its length counts those of the whole run."""
+        trainer = self.trainer
+        assert trainer is not None
+        layout = self.layout(trainer.world_size)
+        if trainer.accumulate_grad_batches != layout.accumulate:
+            raise DataError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but global_batch_size "
+                f"{self.global_batch_size} with device_batch_size {self.device_batch_size} on {trainer.world_size} "
+                f"ranks needs {layout.accumulate}: set it to that"
+            )
+        if trainer.max_steps < 1:
+            raise DataError("the length of the run is unknown: set trainer.max_steps (optimiser steps)")
+        on_accelerator = trainer.strategy.root_device.type != "cpu"
+        workers = self.workers
+        if workers is None:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
+            workers = default_workers(local_ranks, on_accelerator=on_accelerator)
+        shards = -(-self.order.lanes // trainer.world_size) * (self.window + 1)
+        self.bad_samples = BadSamples(
+            self.bad_samples_file, self.bad_sample_budget, self.manifest.num_samples, self.manifest.root
+        )
+        stream = TrainStream(
+            self.order, ShardReader(self.manifest, open_shards=max(64, shards)), self.recipe,
+            rank=trainer.global_rank, world_size=trainer.world_size, accumulate=layout.accumulate,
+        )  # fmt: skip
+        return StepLoader(
+            stream, start=trainer.global_step * layout.accumulate, stop=trainer.max_steps * layout.accumulate,
+            workers=workers, pin_memory=trainer.strategy.root_device.type == "cuda", bad_samples=self.bad_samples,
+        )  # fmt: skip
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Normalise every uint8 view on the device, in the model's own precision."""
+        dtype = getattr(self.trainer and self.trainer.lightning_module, "dtype", torch.float32)
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor) and value.dtype == torch.uint8:
+                batch[name] = normalize(value, self.mean, self.std, dtype)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order depends on, and how far it was trained on."""
+        step = self.trainer.global_step if self.trainer else 0
+        return {"step": step, **self._settings()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with another order than the checkpoint's. DataError names what differs."""
+        differ = [
+            f"{name} was {state_dict.get(name)}, now it is {value}"
+            for name, value in self._settings().items()
+            if state_dict.get(name) != value
+        ]
+        if differ and not self.resume_anyway:
+            raise DataError(
+                f"this run was begun with another order of samples: {'; '.join(differ)}. Go back to the old values, "
+                "begin a new run, or say --data.resume_anyway true"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed, "manifest": self.manifest.hash, "global_batch_size": self.global_batch_size,
+            "lanes": self.order.lanes, "window": self.window,
+        }  # fmt: skip

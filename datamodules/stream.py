@@ -1,0 +1,116 @@
+"""The training stream: micro-batch number `m` of a rank, made from nothing but `m` and the settings.
+
+Order, reading, decoding, replacement of bad samples and augmentation all happen in whichever worker is asked for `m`.
+
+Axes: b = images of a micro-batch, h, w = rows and columns.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.bad_samples import BadSample, BadSamples
+from datamodules.errors import DataError
+from datamodules.loader import iterate
+from datamodules.order import Draws, Order
+from datamodules.recipes import Recipe
+from datamodules.shard_reader import BadSampleError, ShardReader
+
+_MOST_TRIES = 32
+
+
+class TrainStream(Dataset[dict[str, Any]]):
+    """Batches by number: `stream[m]` is micro-batch `m % accumulate` of optimiser step `m // accumulate`.
+
+    A batch is {"image": uint8 [b 3 h w] (or whatever views the recipe makes), "rng": int64 [b], "position": int64 [b],
+    "key": list of "SHARD/KEY", "epoch": int, "step": int, "bad": list of BadSample}.
+
+    Args:
+        order: of the whole run.
+        reader: of the same shards.
+        recipe: images to views.
+        rank, world_size: takes slice [rank B / world_size, (rank + 1) B / world_size) of every global batch B.
+        accumulate: micro-batches that this slice is cut into.
+    """
+
+    def __init__(
+        self, order: Order, reader: ShardReader, recipe: Recipe, *,
+        rank: int = 0, world_size: int = 1, accumulate: int = 1,
+    ) -> None:  # fmt: skip
+        self.order, self.reader, self.recipe = order, reader, recipe
+        self.accumulate = accumulate
+        self.micro_batch, rest = divmod(order.global_batch_size, world_size * accumulate)
+        if rest:
+            raise DataError(
+                f"global_batch_size {order.global_batch_size} cannot be divided by {world_size} ranks "
+                f"times {accumulate} micro-batches"
+            )
+        self._first = rank * accumulate * self.micro_batch
+
+    def __getitem__(self, micro_step: int) -> dict[str, Any]:
+        step, micro = divmod(micro_step, self.accumulate)
+        start = self._first + micro * self.micro_batch
+        draws = self.order.batch(step, start, start + self.micro_batch)
+        keys: list[str] = []
+        bad: list[BadSample] = []
+        views = self.recipe(self._images(draws, keys, bad), draws.rng)
+        return {
+            **views,
+            "rng": torch.from_numpy(draws.rng),
+            "position": torch.from_numpy(draws.position),
+            "key": keys,
+            "epoch": draws.epoch,
+            "step": step,
+            "bad": bad,
+        }
+
+    def _images(self, draws: Draws, keys: list[str], bad: list[BadSample]) -> Iterator[Tensor]:
+        places = zip(draws.shard.tolist(), draws.sample.tolist(), draws.position.tolist(), strict=True)
+        for shard, sample, position in places:
+            for attempt in range(_MOST_TRIES):
+                try:
+                    key, image = self.reader.image(shard, sample)
+                    break
+                except BadSampleError as error:
+                    bad.append(BadSample(error.shard, error.key, error.reason, draws.epoch))
+                    shard, sample = self.order.replacement(draws.epoch, position, attempt)
+            else:
+                raise DataError(
+                    f"none of {_MOST_TRIES} samples tried in {self.reader.manifest.root} could be read, the last one: "
+                    f"{bad[-1].shard}, {bad[-1].key}: {bad[-1].reason}"
+                )
+            keys.append(f"{self.reader.name(shard)}/{key}")
+            yield image
+
+
+class StepLoader:
+    """What a Trainer iterates over: the micro-batches [start, stop) of a stream, with bad samples taken into account.
+
+    Its length is `stop`, not what is left: a resumed Trainer goes on counting batches where it was, and compares that
+    with the length.
+
+    Args:
+        stream: of this rank.
+        start, stop: micro-batches of this rank since the start of the run.
+        workers: processes; 0 loads in this one.
+        pin_memory: put the batches where an accelerator can fetch them.
+        bad_samples: the account.
+    """
+
+    def __init__(
+        self, stream: TrainStream, *, start: int, stop: int, workers: int, pin_memory: bool, bad_samples: BadSamples
+    ) -> None:
+        self.stream, self.start, self.stop = stream, start, stop
+        self.workers, self.pin_memory, self.bad_samples = workers, pin_memory, bad_samples
+
+    def __len__(self) -> int:
+        return self.stop
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        steps = range(self.start, self.stop)
+        for batch in iterate(self.stream, steps, workers=self.workers, pin_memory=self.pin_memory):
+            self.bad_samples.add(batch.pop("bad"), drawn=(batch["step"] + 1) * self.stream.order.global_batch_size)
+            yield batch
