@@ -1,0 +1,31 @@
+"""From the rank of the true class to percentages with their uncertainty.
+
+Axes: t = test samples, c = classes.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def rank_of_truth(score: NDArray[np.floating[Any]], truth: Ints) -> Ints:
+    """Place of the true class in each row of scores [t c], 0 = on top; equal scores go by class number -> [t]."""
+    own = np.take_along_axis(score, truth[:, None], axis=1)
+    earlier = np.arange(score.shape[1]) < truth[:, None]
+    return np.asarray(((score > own) | ((score == own) & earlier)).sum(axis=1), dtype=np.int64)
+
+
+def top(rank: Ints, k: int = 1) -> float:
+    """Percent of samples whose true class is among the first k."""
+    return 100 * float(np.mean(rank < k))
+
+
+def interval(rank: Ints) -> list[float]:
+    """95% confidence interval of top-1 in percent, for the sampling of test images (Wilson 1927, score interval)."""
+    n, p, z = len(rank), float(np.mean(rank < 1)), 1.959964
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return [round(100 * max(0.0, centre - half), 2), round(100 * min(1.0, centre + half), 2)]
