@@ -79,7 +79,7 @@ class MAE(nn.Module):
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         norm = partial(nn.LayerNorm, eps=config.norm_eps)
         self.decoder_blocks = nn.ModuleList(
-            ViTBlock(decoder_width, decoder_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
+            ViTBlock(decoder_width, decoder_heads, config.mlp_ratio, qkv_bias=config.qkv_bias, norm_layer=norm)
             for _ in range(decoder_depth)
         )
         self.decoder_norm = norm(decoder_width)

@@ -2,6 +2,8 @@
 
 import math
 
+from torch.optim import Optimizer
+
 
 def warmup_cosine(step: int, total: int, warmup: float, peak: float, floor: float = 0.0) -> float:
     """Linear warm-up from 0, then half a cosine from `peak` to `floor` (SGDR, arXiv:1608.03983, eq. 5).
@@ -19,3 +21,9 @@ def warmup_cosine(step: int, total: int, warmup: float, peak: float, floor: floa
         return peak * step / warmup
     progress = min(1.0, (step - warmup) / (total - warmup))
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Gives every parameter group its rate: `rate`, times the group's lr_scale where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)

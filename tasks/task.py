@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from tasks.encoder_config import EncoderConfig
 from tasks.errors import TaskError
 from tasks.param_groups import weight_decay_groups
-from tasks.schedules import warmup_cosine
+from tasks.schedules import set_learning_rate, warmup_cosine
 
 
 class PretrainTask(pl.LightningModule):
@@ -115,8 +115,7 @@ class PretrainTask(pl.LightningModule):
         self.lr_now = self.learning_rate(
             self.trainer.global_step, self.trainer.max_steps, data.steps_per_epoch, data.global_batch_size
         )
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr_now * group.get("lr_scale", 1.0)
+        set_learning_rate(optimizer, self.lr_now)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

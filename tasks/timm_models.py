@@ -93,8 +93,10 @@ def pretrained_config(name: str, model: Any, image_size: int | None) -> EncoderC
     )
 
 
-def map_tokens(features: Tensor, trunk: Any) -> tuple[Tensor, Tensor]:
-    """What `forward_features` of any family gave -> prefix [b p d] and patches [b n d]."""
+def map_tokens(features: Any, trunk: Any) -> tuple[Tensor, Tensor]:
+    """What `forward_features` of any family gave -> prefix [b p d], patches [b n d]; TaskError if unknown."""
+    if not isinstance(features, Tensor):
+        raise TaskError(f"timm model {type(trunk).__name__} gives no single feature map: take another")
     width, p = trunk.num_features, getattr(trunk, "num_prefix_tokens", 0)
     if features.ndim == 4:
         channels_last = getattr(trunk, "output_fmt", "") == "NHWC" or features.shape[1] != width
