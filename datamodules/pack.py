@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from datamodules.captions import captions_of, read_captions
+from datamodules.console import one_line, tell
 from datamodules.errors import DataError
 from datamodules.manifest import Manifest
 from datamodules.pack_plan import Job, default_samples_per_shard, plan
@@ -58,11 +58,11 @@ def pack(
     if dst.resolve().is_relative_to(source.path.resolve()):
         raise DataError(f"{dst} lies inside of {source.path}: choose a folder outside of the images")
     for note in source.notes[:5]:
-        _tell(note)
+        tell(note)
     texts: list[list[str]] = [[] for _ in source.images]
     if captions is not None:
         texts = captions_of(source, read_captions(Path(captions)), Path(captions))
-        _tell(f"{sum(map(bool, texts))} of {len(texts)} images have a caption")
+        tell(f"{sum(map(bool, texts))} of {len(texts)} images have a caption")
     samples_per_shard = samples_per_shard or default_samples_per_shard(len(source.images))
     jobs = plan(source, texts, dst, resize=resize, quality=quality, samples_per_shard=samples_per_shard)
     made_by = (
@@ -78,7 +78,7 @@ def pack(
     except OSError as error:
         raise DataError(cannot_write(dst / "a shard", error)) from error
     except KeyboardInterrupt:
-        _tell(f"interrupted: {dst} is unfinished; the same command goes on from here")
+        tell(f"interrupted: {dst} is unfinished; the same command goes on from here")
         raise
 
 
@@ -94,7 +94,7 @@ def _pack_shards(dst: Path, jobs: list[Job], notes: list[dict[str, Any]], worker
     if not left:
         return packed
     if packed:
-        _tell(f"going on: {len(packed)} of {len(jobs)} shards are done")
+        tell(f"going on: {len(packed)} of {len(jobs)} shards are done")
     for module in ("webdataset.writer", "datamodules.decode"):
         import_module(module)  # once here, so that no worker has to import torch for itself
     began = time.monotonic()
@@ -104,44 +104,34 @@ def _pack_shards(dst: Path, jobs: list[Job], notes: list[dict[str, Any]], worker
             note_progress(dst, {"number": job.number, "packed": result.to_note()})
             packed[job.number] = result
     seconds = time.monotonic() - began
-    _tell(f"{to_do} images in {seconds:.1f} s, {to_do / seconds:.0f} a second")
+    tell(f"{to_do} images in {seconds:.1f} s, {to_do / seconds:.0f} a second")
     return packed
 
 
 def _finish(dst: Path, source: Source, packed: Sequence[Packed], made_by: str) -> Manifest:
     """The manifest, the list of what was skipped, and a word about both."""
-    skipped = [(_one_line(name), _one_line(reason)) for result in packed for name, reason in result.skipped]
+    skipped = [(one_line(name), one_line(reason)) for result in packed for name, reason in result.skipped]
     shards = tuple(result.shard for result in packed if result.shard is not None)
     if not shards:
         name, reason = skipped[0]
         raise DataError(f"none of the {len(skipped)} images in {source.path} can be read (first: {name}: {reason})")
     if skipped:
         write_aside(dst / SKIPPED, "".join(f"{name}\t{reason}\n" for name, reason in skipped).encode())
-        _tell(f"left out {len(skipped)} images that cannot be read (all in {dst / SKIPPED}):")
+        tell(f"left out {len(skipped)} images that cannot be read (all in {dst / SKIPPED}):")
         for name, reason in skipped[:5]:
-            _tell(f"  {name}: {reason}")
+            tell(f"  {name}: {reason}")
     if source.ignored:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in source.ignored.most_common(4))
-        _tell(f"passed over {source.ignored.total()} files that are no images ({kinds})")
+        tell(f"passed over {source.ignored.total()} files that are no images ({kinds})")
     members = sum((Counter(result.members) for result in packed), Counter[str]())
     manifest = Manifest(dst, shards, source.classes, dict(sorted(members.items())), made_by)
     finish_set(manifest)
     labelled = f"{len(source.classes)} classes" if source.classes else "no labels"
     megabytes = sum(shard.bytes for shard in shards) / 1e6
-    _tell(f"{dst}: {manifest.num_samples} samples, {labelled}, {len(shards)} shards, {megabytes:.1f} MB")
+    tell(f"{dst}: {manifest.num_samples} samples, {labelled}, {len(shards)} shards, {megabytes:.1f} MB")
     return manifest
 
 
 def _digest(source: Source, texts: list[list[str]]) -> str:
     """Changes when the images or their captions do."""
     return hashlib.sha256(f"{source.digest()}{json.dumps(texts)}".encode()).hexdigest()[:12]
-
-
-def _one_line(text: str) -> str:
-    """Text that cannot break a table or a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _tell(line: str) -> None:
-    """One line for the person at the console, above the progress bar."""
-    tqdm.write(line, file=sys.stderr)

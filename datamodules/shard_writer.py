@@ -31,7 +31,7 @@ class ShardFile:
         self.crc32: list[int] = []
         self.samples = 0
         self._file = self.aside.open("wb")
-        self._tar: Any = TarWriter(self._file, encoder=False, mtime=0.0, user="", group="")
+        self._tar: Any = TarWriter(self._file, encoder=False, mtime=0, user="", group="")
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append one sample. OSError when the disk is full."""

@@ -90,6 +90,12 @@ class ShardIndex:
         counts = np.bincount(self._extension, minlength=len(self.extensions)).tolist()
         return Counter(dict(zip(self.extensions, counts, strict=True)))
 
+    def extension_bytes(self) -> Counter[str]:
+        """Bytes of all members of each extension."""
+        sums = np.zeros(len(self.extensions), np.int64)
+        np.add.at(sums, self._extension, self._size)
+        return Counter(dict(zip(self.extensions, sums.tolist(), strict=True)))
+
     def with_crc32(self, crc32: list[int]) -> "ShardIndex":
         """The same index with the checksum of every member."""
         arrays = self.arrays | {"crc32": np.array(crc32, np.uint32)}

@@ -19,6 +19,7 @@ _LARGE_MEMBER = 1 << 14
 _MOST_PATIENCE = 1000
 _LONGEST_EXTENSION = 1 << 20
 _SPECIAL = {"1": "link", "2": "link", "3": "device", "4": "device", "6": "device"}
+_PAX_MATTERS = (b"path=", b"size=", b"GNU.")
 _MAGIC = np.frombuffer(b"ustar", np.uint8)
 _OCTAL = 8 ** np.arange(10, -1, -1, dtype=np.int64)
 
@@ -32,6 +33,10 @@ class Walk(NamedTuple):
     names: list[bytes]
     offsets: list[int]
     sizes: list[int]
+
+
+_Headers = tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]
+"""Where headers begin [h], the headers [h 512], and the block after each header of PAX records [x 512]."""
 
 
 class _Extended(NamedTuple):
@@ -54,7 +59,10 @@ def walk_tar(fd: int, tar_bytes: int, note: Note) -> Walk:
     while position < tar_bytes:
         taken = len(walk.names)
         position = _take_many(fd, tar_bytes, position, walk)
-        patience = 1 if len(walk.names) > taken + 3 else min(2 * patience, _MOST_PATIENCE)
+        if len(walk.names) > taken + 3:
+            patience = 1
+            continue
+        patience = min(2 * patience, _MOST_PATIENCE)
         for _ in range(patience):
             if position < tar_bytes:
                 position, extended = _take_one(fd, tar_bytes, position, extended, walk, note)
@@ -69,63 +77,89 @@ def walk_tar(fd: int, tar_bytes: int, note: Note) -> Walk:
 
 
 def _take_many(fd: int, tar_bytes: int, position: int, walk: Walk) -> int:
-    """Take up ordinary files from `position` on, as far as their headers are in order; returns where that ends."""
-    if walk.sizes and sum(walk.sizes[-16:]) > 16 * _LARGE_MEMBER:
-        table, starts = _headers_of_large_members(fd, tar_bytes, position)
-    else:
-        chunk = os.pread(fd, _WINDOW, position)
-        blocks = np.frombuffer(chunk[: len(chunk) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
-        # Candidates only: inside of a member there may be another tar. The chain of sizes below sorts them out.
-        candidates = np.flatnonzero((blocks[:, 257] == _MAGIC[0]) & (blocks[:, 258] == _MAGIC[1]))
-        table, starts = blocks[candidates], position + BLOCK * candidates
+    """Take up ordinary files from `position` on, as far as their headers are in order; returns where that ends.
+
+    A PAX header before a file is in order when it holds nothing that matters here, but times and owners, say:
+    webdataset writes one before every member.
+    """
+    large = bool(walk.sizes) and sum(walk.sizes[-16:]) > 16 * _LARGE_MEMBER
+    starts, table, pax = (_read_headers if large else _read_window)(fd, tar_bytes, position)
     if not len(starts) or starts[0] != position:
         return position
 
+    kinds = table[:, 156]
     digits = table[:, 124:135].astype(np.int64) - ord("0")
     sizes = digits @ _OCTAL
     after = starts + BLOCK + (sizes + 511 & -512)
     checksum = np.einsum("ij->i", table, dtype=np.uint32).astype(np.int64) + 8 * ord(" ")
     checksum -= table[:, 148:156].sum(axis=1, dtype=np.int64)
     stored = (table[:, 148:154].astype(np.int64) - ord("0")) @ _OCTAL[5:]
-    ordinary = (
+    in_order = (
         (table[:, 257:262] == _MAGIC).all(axis=1)
         & ((digits >= 0) & (digits <= 7)).all(axis=1)
-        & (table[:, 156] == ord("0"))
+        & ((kinds == ord("0")) | ((kinds == ord("x")) & (sizes <= BLOCK)))
         & (table[:, 0] != 0)
         & (stored == checksum)
         & (after <= tar_bytes)
     )
-    chained = np.append(True, after[:-1] == starts[1:])
-    good = int(np.append(ordinary & chained, False).argmin())
-    if not good:
+    in_order[1:] &= after[:-1] == starts[1:]
+    if any(keyword in pax.tobytes() for keyword in _PAX_MATTERS):
+        matters = [any(keyword in row.tobytes() for keyword in _PAX_MATTERS) for row in pax]
+        in_order[np.flatnonzero(kinds == ord("x"))[matters]] = False
+    good = int(np.append(in_order, False).argmin())
+    files = np.flatnonzero(kinds[:good] == ord("0"))
+    if not len(files):
         return position
-    names: list[bytes] = np.ascontiguousarray(table[:good, :100]).view("S100").ravel().tolist()
-    for i in np.flatnonzero(table[:good, 345]):
-        names[i] = _name(table[i].tobytes())
+
+    names: list[bytes] = np.ascontiguousarray(table[files, :100]).view("S100").ravel().tolist()
+    for i in np.flatnonzero(table[files, 345]):
+        names[i] = _name(table[files[i]].tobytes())
     if b"\0" in b"".join(names):  # rests of older names behind the end of a shorter one
         names = [name.split(b"\0")[0] for name in names]
     walk.names.extend(names)
-    walk.offsets.extend((starts[:good] + BLOCK).tolist())
-    walk.sizes.extend(sizes[:good].tolist())
-    return int(after[good - 1])
+    walk.offsets.extend((starts[files] + BLOCK).tolist())
+    walk.sizes.extend(sizes[files].tolist())
+    return int(after[files[-1]])
 
 
-def _headers_of_large_members(fd: int, tar_bytes: int, position: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Headers [h 512] and where they begin [h], following sizes without checking them, and without reading data."""
+def _read_window(fd: int, tar_bytes: int, position: int) -> _Headers:
+    """What looks like headers in the bytes from `position` on; good when many members are small.
+
+    Candidates only: a member may hold another tar. The chain of sizes sorts them out.
+    """
+    chunk = os.pread(fd, _WINDOW, position)
+    blocks = np.frombuffer(chunk[: len(chunk) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
+    at = np.flatnonzero((blocks[:-1, 257] == _MAGIC[0]) & (blocks[:-1, 258] == _MAGIC[1]))
+    table = blocks[at]
+    return position + BLOCK * at, table, blocks[at[table[:, 156] == ord("x")] + 1]
+
+
+def _read_headers(fd: int, tar_bytes: int, position: int) -> _Headers:
+    """Headers from `position` on, following sizes without checking them, and without reading the data between."""
     headers: list[bytes] = []
     starts: list[int] = []
+    pax: list[bytes] = []
     while len(headers) < _HEADERS_AT_ONCE and position < tar_bytes:
-        header = os.pread(fd, BLOCK, position)
-        try:
-            size = int(header[124:135], 8)
-        except ValueError:
-            break
-        if len(header) < BLOCK or size < 0:
-            break
-        headers.append(header)
-        starts.append(position)
-        position += BLOCK + (size + 511 & -512)
-    return np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK), np.array(starts, np.int64)
+        header = os.pread(fd, 3 * BLOCK, position)  # perhaps a PAX header, its one block, and the file's header
+        for _ in range(2):
+            try:
+                size = int(header[124:135], 8)
+            except ValueError:
+                size = -1
+            if len(header) < 2 * BLOCK or size < 0:
+                position = tar_bytes
+                break
+            headers.append(header[:BLOCK])
+            starts.append(position)
+            position += BLOCK + (size + 511 & -512)
+            if header[156] != ord("x"):
+                break
+            pax.append(header[BLOCK : 2 * BLOCK])
+            header = header[2 * BLOCK :] + bytes(BLOCK)
+            if size > BLOCK:
+                break
+    table, blocks = (np.frombuffer(b"".join(rows), np.uint8).reshape(-1, BLOCK) for rows in (headers, pax))
+    return np.array(starts, np.int64), table, blocks
 
 
 def _checksum_fits(header: bytes) -> bool:
