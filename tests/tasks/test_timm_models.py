@@ -1,0 +1,120 @@
+"""timm's families as encoders; nothing is downloaded."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from tasks.encoder_config import EncoderConfig
+from tasks.encoder_files import load_encoder, save_encoder
+from tasks.encoders import Encoder
+from tasks.errors import TaskError
+
+FAMILIES = {
+    "swin_tiny_patch4_window7_224": (32, 0),
+    "convnext_atto": (32, 0),
+    "xcit_nano_12_p16_224": (16, 1),
+    "pvt_v2_b0": (32, 0),
+    "mobilevit_xxs": (32, 0),
+    "vit_tiny_r_s16_p8_224": (32, 1),
+    "vit_tiny_patch16_224": (16, 1),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_tokens_at_several_sizes_and_learns(name):
+    encoder = Encoder(EncoderConfig(arch=f"timm:{name}", image_size=96))
+    stride, prefix = FAMILIES[name]
+    assert encoder.config.patch_size == stride
+    assert encoder.config.class_token == bool(prefix)
+    assert len(encoder.blocks) > 3
+    for size in (96, 64):
+        tokens = encoder(torch.randn(2, 3, size, size))
+        assert tokens.prefix.shape == (2, prefix, encoder.width)
+        assert tokens.patches.shape == (2, (size // stride) ** 2, encoder.width)
+    features = encoder.features(torch.randn(2, 3, 96, 96))
+    assert features.shape == (2, encoder.feature_width)
+    features.square().mean().backward()
+    blind = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+    assert not blind, "parameters without a gradient would stop DDP"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_the_models_own(name):
+    pool = "cls" if FAMILIES[name][1] else "mean"
+    encoder = Encoder(EncoderConfig(arch=f"timm:{name}", image_size=64, pool=pool)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    want = encoder.trunk.forward_head(encoder.trunk.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(encoder.features(images), want)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch32_clip_224", "vit_small_patch14_reg4_dinov2"])
+def test_a_plain_vit_of_timm_can_hide_patches(name):
+    encoder = Encoder(EncoderConfig(arch=f"timm:{name}", image_size=112 if "14" in name else 96)).eval()
+    size = encoder.config.image_size
+    images = torch.randn(1, 3, size, size)
+    want = encoder.trunk.forward_features(images)
+    torch.testing.assert_close(torch.cat(encoder(images), dim=1), want)
+    everything = torch.arange(encoder.num_patches)[None]
+    torch.testing.assert_close(torch.cat(encoder(images, everything), dim=1), want)
+    assert encoder(images, everything[:, :3]).patches.shape[1] == 3
+
+
+@pytest.mark.parametrize("given", ["keep", "mask"])
+def test_others_refuse_to_hide_patches(given):
+    encoder = Encoder(EncoderConfig(arch="timm:convnext_atto", image_size=64))
+    with pytest.raises(TaskError, match="plain ViT"):
+        encoder(torch.randn(1, 3, 64, 64), **{given: torch.zeros(1, 1, dtype=torch.long)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"arch": "timm:convnext_attoo"}, "did you mean convnext_atto"),
+        ({"arch": "timm:convnext_atto", "pool": "cls"}, "no class token"),
+        ({"arch": "timm:vit_tiny_patch16_224", "image_size": 100}, "do not divide"),
+        ({"arch": "timm:mixer_b16_224", "image_size": 224, "drop_path": 2.0}, "drop_path"),
+    ],
+)
+def test_what_timm_cannot_do_is_one_clear_line(fields, says):
+    with pytest.raises(TaskError, match=says):
+        Encoder(EncoderConfig(**fields))
+
+
+def local_model(path, name: str, **model_args) -> torch.nn.Module:
+    """A directory as timm's hub code writes and reads it, with random weights."""
+    from safetensors.torch import save_file
+
+    model = timm.create_model(name, num_classes=10, **model_args)
+    path.mkdir()
+    save_file(model.state_dict(), path / "model.safetensors")
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in ("input_size", "mean", "std", "crop_pct", "first_conv")}
+    cfg |= {"num_classes": 10, "classifier": "head", "mean": [0.1, 0.2, 0.3]}
+    (path / "config.json").write_text(json.dumps({"architecture": name, "num_classes": 10, "pretrained_cfg": cfg}))
+    return model.eval()
+
+
+def test_pretrained_weights_come_through_timms_own_hub_code_and_can_be_saved(tmp_path):
+    model = local_model(tmp_path / "model", "vit_tiny_patch16_224")
+    encoder = load_encoder(f"timm:local-dir:{tmp_path / 'model'}")
+    assert encoder.config.mean == (0.1, 0.2, 0.3)
+    assert (encoder.config.image_size, encoder.config.pool) == (224, "cls")
+    images = torch.randn(1, 3, 224, 224)
+    want = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(encoder.features(images), want)
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    again = load_encoder(tmp_path / "encoder.safetensors")
+    assert again.config == encoder.config
+    torch.testing.assert_close(again.features(images), want)
+    smaller = load_encoder(f"timm:local-dir:{tmp_path / 'model'}", image_size=96)
+    assert smaller.trunk.pos_embed.shape[1] == 1 + 36
+    assert smaller.features(torch.randn(1, 3, 96, 96)).shape == (1, 192)
+
+
+def test_weights_that_cannot_be_fetched_are_one_clear_line(tmp_path):
+    with pytest.raises(TaskError, match="timm cannot build") as caught:
+        load_encoder(f"timm:local-dir:{tmp_path / 'nothing'}")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TaskError, match="no model"):
+        load_encoder("timm:there_is_no_such_model")
