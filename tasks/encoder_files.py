@@ -36,8 +36,8 @@ def save_encoder(encoder: Encoder, path: str | Path) -> None:
     try:
         save_file(state, aside, metadata)
         aside.replace(path)
-    except OSError as error:
-        raise TaskError(f"cannot write {path}: {error.strerror or error}") from error
+    except (SafetensorError, OSError) as error:
+        raise TaskError(f"cannot write {path}: {error}") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """Recorded numbers of the original authors' code, for any room's tests.
 
-A test marked `@pytest.mark.golden("mae_model")` with an argument `golden` runs once per variant of that fixture, found by
-globbing tests/golden (or $TRIVIT_GOLDEN instead), and takes every size from the fixture's json.
+A test marked `@pytest.mark.golden("mae_model")` with an argument `golden` runs once per variant of that fixture, found
+by globbing tests/golden (or $TRIVIT_GOLDEN instead), and takes every size from the fixture's json.
 """
 
 import json

@@ -133,7 +133,9 @@ def test_one_graph_for_torch_compile(positions):
     from dataclasses import replace
 
     model = MAE(Encoder(replace(SMALL, positions=positions, drop_path=0.2)), 16, 1, 2)
-    step = torch.compile(lambda images, noise: model(images, noise, loss_only=True).loss, fullgraph=True, backend="aot_eager")
+    step = torch.compile(
+        lambda images, noise: model(images, noise, loss_only=True).loss, fullgraph=True, backend="aot_eager"
+    )
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     model.eval()
     loss = step(images, noise)

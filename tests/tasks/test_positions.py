@@ -66,7 +66,9 @@ def test_resizing_in_the_manner_of_open_clip_is_open_clips():
     tower.visual.grid_size = (6, 6)
     state = {"visual.positional_embedding": table.clone()}
     open_clip.model.resize_pos_embed(state, tower)
-    torch.testing.assert_close(resize_table(table[1:], (4, 4), (6, 6), "open_clip"), state["visual.positional_embedding"][1:])
+    torch.testing.assert_close(
+        resize_table(table[1:], (4, 4), (6, 6), "open_clip"), state["visual.positional_embedding"][1:]
+    )
 
 
 def test_manners_differ_and_gradients_pass():

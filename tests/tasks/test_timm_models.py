@@ -89,7 +89,9 @@ def local_model(path, name: str, **model_args) -> torch.nn.Module:
     model = timm.create_model(name, num_classes=10, **model_args)
     path.mkdir()
     save_file(model.state_dict(), path / "model.safetensors")
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k in ("input_size", "mean", "std", "crop_pct", "first_conv")}
+    cfg = {
+        k: v for k, v in model.pretrained_cfg.items() if k in ("input_size", "mean", "std", "crop_pct", "first_conv")
+    }
     cfg |= {"num_classes": 10, "classifier": "head", "mean": [0.1, 0.2, 0.3]}
     (path / "config.json").write_text(json.dumps({"architecture": name, "num_classes": 10, "pretrained_cfg": cfg}))
     return model.eval()
