@@ -45,35 +45,43 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
     Raises:
         DataError: one that a worker met, or when a worker was killed.
     """
-    loader = DataLoader(
-        GuardedDataset(dataset),
-        batch_size=None,
-        sampler=indices,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=pin_memory,
-        worker_init_fn=_settle_worker if workers else None,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        generator=torch.Generator(),  # or torch would draw from the global one, and what comes later would differ
-    )
     with _interrupt_held_back(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        batches = iter(loader)
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader = DataLoader(
+            GuardedDataset(dataset),
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            worker_init_fn=_settle_worker if workers else None,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # or torch would draw from the global one, and what comes later would differ
+        )
+        batches: Any = iter(loader)
     try:
         for batch in batches:
             if isinstance(batch, Failure):
                 raise DataError(batch.message)
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or not _any_was_killed(batches._workers):
             raise
         raise DataError(
-            f"a loader worker was killed ({str(error).splitlines()[0]}): usually memory or shared memory (/dev/shm) "
-            "ran out; use fewer data.workers or a smaller data.device_batch_size"
+            "a loader worker was killed: usually memory or shared memory (/dev/shm) ran out; use fewer data.workers "
+            "or a smaller data.device_batch_size"
         ) from error
     finally:
         if workers:
-            batches._shutdown_workers()  # type: ignore[attr-defined]
+            batches._shutdown_workers()
+
+
+def _any_was_killed(workers: list[Any]) -> bool:
+    """Whether that is why the exception came; it has many faces, and may be faster than the news of the death."""
+    for worker in workers:
+        worker.join(0.2)
+    return any(worker.exitcode not in (None, 0) for worker in workers)
 
 
 def available_cores(local_ranks: int = 1) -> int:
