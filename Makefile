@@ -10,12 +10,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	touch $(STAMP)
 
+# Smaller for its test: make demo DEMO=/tmp/d DEMO_TRAIN=300 DEMO_TEST=100 DEMO_MORE="--trainer.max_steps 3 ..."
+DEMO ?= demo
+DEMO_TRAIN ?= 20000
+DEMO_TEST ?= 2000
 demo: $(STAMP)
-	$(BIN)/trivit shards synth demo/train --samples 20000
-	$(BIN)/trivit shards synth demo/test --samples 2000 --seed 1
-	$(BIN)/trivit pretrain --config mae_demo --data.train demo/train --output demo/mae
-	$(BIN)/trivit evaluate demo/mae --train demo/train --test demo/test
-	$(BIN)/trivit report demo/mae
+	$(BIN)/trivit shards synth $(DEMO)/train --samples $(DEMO_TRAIN)
+	$(BIN)/trivit shards synth $(DEMO)/test --samples $(DEMO_TEST) --seed 1
+	$(BIN)/trivit pretrain --config mae_demo --data.train $(DEMO)/train --output $(DEMO)/mae $(DEMO_MORE)
+	$(BIN)/trivit evaluate $(DEMO)/mae --train $(DEMO)/train --test $(DEMO)/test
+	$(BIN)/trivit report $(DEMO)/mae
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,0 +1,67 @@
+"""Every command that README shows is run, on small data, in the order in which a reader meets them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pretrain.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+MAKE = re.findall(r"^    make (\w+)", README, re.M)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what README takes for granted: own photographs, and a labelled set."""
+    desk = tmp_path_factory.mktemp("desk")
+    (desk / "photos").mkdir()
+    for i in range(150):
+        Image.effect_noise((80 + i % 7, 72), 40 + i).convert("RGB").save(desk / "photos" / f"photo {i}.jpg")
+    for part, seed in (("train", 0), ("test", 1)):
+        code = main(["shards", "synth", str(desk / "data/labelled" / part), "--samples", "200", "--seed", str(seed)])
+        assert code == 0
+    return desk
+
+
+def run(command: list[str], desk: Path) -> str:
+    environment = {**os.environ, "TRIVIT_CACHE": str(desk / "cache"), "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_readme_shows_commands() -> None:
+    assert len(SHELL) >= 7 and len(PYTHON) >= 1 and {"demo", "test"} <= set(MAKE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_of_readme_runs(desk: Path) -> None:
+    for line in SHELL:
+        if line.startswith("trivit pretrain"):  # a few steps instead of hundreds; everything else as shown
+            line = re.sub(r"--trainer.max_steps \d+", "--trainer.max_steps 3", line) + " --model.warmup_steps 1"
+        run(["sh", "-c", line], desk)
+    for code in PYTHON:
+        code = re.sub(r'"trainer.max_steps": \d+', '"trainer.max_steps": 3, "model.warmup_steps": 1', code)
+        run([sys.executable, "-c", code], desk)
+    assert (desk / "runs/photos/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_make_demo_in_small(tmp_path: Path) -> None:
+    """`make demo` itself, with fewer images and steps; `make test` is what runs this test."""
+    small = ["DEMO=" + str(tmp_path / "demo"), "DEMO_TRAIN=300", "DEMO_TEST=100",
+             "DEMO_MORE=--trainer.max_steps 3 --model.warmup_steps 1"]  # fmt: skip
+    done = subprocess.run(["make", "-C", str(ROOT), "demo", *small], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kNN" in done.stdout and done.stdout.splitlines()[-2:][0].endswith("report.html") or "report.html" in done.stdout
