@@ -39,7 +39,9 @@ class BadSamples:
         self._read_up_to = 0
         self._read()
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many different bad samples there were."""
         return len(self._known)
 
     def add(self, bad: Iterable[BadSample], drawn: int) -> None:
@@ -59,11 +61,11 @@ class BadSamples:
                 os.close(file)
         self._known |= new.keys()
         allowed = self.budget * min(self.num_samples, max(drawn, _A_FAIR_SAMPLE))
-        if len(self._known) > allowed:
+        if self.count > allowed:
             last = bad[-1]
             named = f"; all are named in {self.path}" if self.path else ""
             raise DataError(
-                f"{len(self._known)} bad samples in {self.root} are more than data.bad_sample_budget {self.budget:g} "
+                f"{self.count} bad samples in {self.root} are more than data.bad_sample_budget {self.budget:g} "
                 f"allows, the last one: {last.shard}, {last.key}: {last.reason}{named}. "
                 f"`trivit shards verify {self.root}` shows what is wrong"
             )

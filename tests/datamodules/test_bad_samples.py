@@ -23,7 +23,7 @@ def test_each_is_named_once(tmp_path):
     account.add([], 30)
     assert [entry["key"] for entry in lines(tmp_path / "new" / "bad.jsonl")] == ["1", "2", "3"]
     assert set(lines(tmp_path / "new" / "bad.jsonl")[0]) == {"shard", "key", "reason", "epoch"}
-    assert len(account) == 3
+    assert account.count == 3
 
 
 def test_another_start_and_other_ranks_go_on_with_the_same_file(tmp_path):
@@ -31,16 +31,16 @@ def test_another_start_and_other_ranks_go_on_with_the_same_file(tmp_path):
     first, second = (BadSamples(path, 0.5, 100, tmp_path) for _ in range(2))
     first.add(bad(1, 2), 10)
     second.add(bad(2, 3), 10)
-    assert len(second) == 3
+    assert second.count == 3
     first.add(bad(3), 10)
-    assert len(BadSamples(path, 0.5, 100, tmp_path)) == len(first) == 3
+    assert BadSamples(path, 0.5, 100, tmp_path).count == first.count == 3
     assert [entry["key"] for entry in lines(path)] == ["1", "2", "3"]
 
 
 def test_a_line_cut_by_a_crash_is_passed_over(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"shard": "a.tar", "key": "1", "reason": "", "epoch": 0}\nnonsense\n[]\n{"shard": "a.t')
-    assert len(BadSamples(path, 0.5, 100, tmp_path)) == 1
+    assert BadSamples(path, 0.5, 100, tmp_path).count == 1
 
 
 def test_budget(tmp_path):
