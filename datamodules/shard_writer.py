@@ -180,18 +180,20 @@ def begin_set(dst: Path, made_by: str) -> list[dict[str, Any]]:
                 raise DataError(f"{dst} already holds shards: choose an empty folder, sets are not mixed")
             write_aside(dst / UNFINISHED, json.dumps({"made_by": made_by}).encode() + b"\n")
             return []
-        head, *notes = (dst / UNFINISHED).read_text("utf-8").split("\n")[:-1]  # after the last \n: cut off
-        before = json.loads(head)["made_by"]
+        lines = (dst / UNFINISHED).read_bytes().splitlines(keepends=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise DataError(f"{dst} is a file: give a folder for the shards") from error
     except OSError as error:
         raise DataError(cannot_write(dst, error)) from error
+    try:
+        head, *notes = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be cut off
+        before = head["made_by"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{dst / UNFINISHED} is damaged: delete {dst}, or choose another folder") from error
     if before != made_by:
         raise DataError(f"{dst} was begun by another command or from other files ({before}): delete it, or choose "
                         "another folder")  # fmt: skip
-    return [json.loads(note) for note in notes]
+    return notes
 
 
 def note_progress(dst: Path, note: dict[str, Any]) -> None:

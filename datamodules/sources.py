@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from datamodules.errors import DataError
-from datamodules.tar_index import PLAIN_IMAGES, Finding, cannot_read, open_tar
+from datamodules.tar_index import PLAIN_IMAGES, cannot_read, open_tar
 from datamodules.tar_walk import walk_tar
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -151,18 +151,21 @@ def _in_folder(root: Path) -> tuple[list[Image], list[str]]:
 def _in_tar(path: Path) -> tuple[list[Image], list[str]]:
     """All regular files in a tar; what is wrong with it becomes notes."""
     fd = open_tar(str(path))
-    findings: list[Finding] = []
+    found: dict[str, list[str]] = {}
     try:
-        walk = walk_tar(fd, os.fstat(fd).st_size, lambda *about: findings.append(Finding(path.name, *about)))
+        walk = walk_tar(
+            fd,
+            os.fstat(fd).st_size,
+            lambda kind, name, detail: found.setdefault(kind, []).append(f"{name} {detail}".strip()),
+        )
     finally:
         os.close(fd)
-    files = {
-        name.decode("utf-8", "backslashreplace").removeprefix("./"): (size, offset)
-        for name, size, offset in zip(walk.names, walk.sizes, walk.offsets, strict=True)
-    }
-    counted = Counter(finding.kind for finding in findings)
-    first = {finding.kind: finding for finding in reversed(findings)}
-    notes = [f"{path.name}: {n} x {kind}, first: {first[kind].key} {first[kind].detail}" for kind, n in counted.items()]
+    files: dict[str, Image] = {}
+    for raw, size, offset in zip(walk.names, walk.sizes, walk.offsets, strict=True):
+        parts = raw.decode("utf-8", "backslashreplace").split("/")
+        name = "/".join(part for part in parts if part not in ("", ".", ".."))
+        files[name] = Image(name, size, offset)
+    notes = [f"{path.name}: {len(where)} x {kind}, first: {where[0]}" for kind, where in found.items()]
     if len(files) < len(walk.names):
         notes.append(f"{path.name}: {len(walk.names) - len(files)} files have the name of another; the last is taken")
-    return [Image(name, size, offset) for name, (size, offset) in files.items()], notes
+    return list(files.values()), notes

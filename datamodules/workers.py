@@ -39,14 +39,16 @@ def spread(
             yield task, work(task, tick)
         return
     # fork where it is safe: it needs no __main__ guard in the scripts of users, and no second import of torch.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    fork = sys.platform == "linux"
+    context = multiprocessing.get_context("fork" if fork else "spawn")
     running: dict[Connection, BaseProcess] = {}
     doing: dict[Connection, Task] = {}
     left = iter(tasks)
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(work, theirs), daemon=True)  # type: ignore[attr-defined]
+            inherited = [*running, ours] if fork else []
+            process = context.Process(target=_serve, args=(work, theirs, inherited), daemon=True)  # type: ignore[attr-defined]
             process.start()
             theirs.close()
             running[ours] = process
@@ -78,8 +80,13 @@ def spread(
             process.join()
 
 
-def _serve(work: Callable[[Task, Tick], Result], connection: Connection) -> None:
-    """A worker: tasks come through the connection until it is closed, by intent or because the parent is gone."""
+def _serve(work: Callable[[Task, Tick], Result], connection: Connection, inherited: list[Connection]) -> None:
+    """A worker: tasks come through the connection until it is closed, by intent or because the parent is gone.
+
+    `inherited` are the parent's ends of connections; as long as a worker holds one open, nobody sees the parent go.
+    """
+    for parents in inherited:
+        parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent tells when to stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if "torch" in sys.modules:
@@ -92,7 +99,8 @@ def _serve(work: Callable[[Task, Tick], Result], connection: Connection) -> None
             except ConnectionError:
                 return
             except Exception as error:
-                error.add_note("".join(traceback.format_exception(error)))
+                if not isinstance(error, DataError):
+                    error.add_note("".join(traceback.format_exception(error)))
                 connection.send(("error", error))
     except (EOFError, ConnectionError):
         return

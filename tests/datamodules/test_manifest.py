@@ -1,0 +1,115 @@
+"""The manifest: what it says, when it is made anew, what damage does to it."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datamodules.errors import DataError
+from datamodules.manifest import MANIFEST, Manifest, load_manifest
+from datamodules.shard_writer import ShardWriter
+from datamodules.tar_index import read_index
+from tests.datamodules.tar_builders import write_tar
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """Three tars of another writer."""
+    for shard in range(3):
+        members = [(f"s{shard}k{i:02d}.{ext}", b"%d" % i) for i in range(10 + shard) for ext in ("jpg", "cls")]
+        write_tar(tmp_path / f"part-{shard}.tar", members)
+    return tmp_path
+
+
+def test_counts_members_and_copies(foreign: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    manifest = load_manifest(foreign)
+    assert [shard.name for shard in manifest.shards] == ["part-0.tar", "part-1.tar", "part-2.tar"]
+    assert np.array_equal(manifest.counts, [10, 11, 12])
+    assert (manifest.num_samples, manifest.members, manifest.classes) == (33, {"jpg": 33, "cls": 33}, ())
+    assert manifest.path(1) == foreign / "part-1.tar"
+    other = tmp_path_factory.mktemp("copy")
+    for path in foreign.glob("*.tar"):
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "classes.txt").write_text("a\nb b\n")
+    copy = load_manifest(other)
+    assert copy.shards == manifest.shards
+    assert copy.classes == ("a", "b b")
+    assert copy.hash != manifest.hash
+    assert Manifest(other, copy.shards).hash == manifest.hash
+
+
+def test_a_second_load_reads_no_tar_and_no_index(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_manifest(foreign)
+    for path in foreign.glob("*.idx"):
+        path.unlink()
+    monkeypatch.setattr("datamodules.manifest.read_index", lambda path: pytest.fail(f"opened {path}"))
+    assert load_manifest(foreign) == first
+
+
+def test_new_and_replaced_shards_make_it_anew(foreign: Path) -> None:
+    first = load_manifest(foreign)
+    write_tar(foreign / "part-3.tar", [("x.jpg", b"1")])
+    second = load_manifest(foreign)
+    assert second.num_samples == 34
+    write_tar(foreign / "part-3.tar", [(f"y{i}.jpg", bytes(5000)) for i in range(5)])
+    third = load_manifest(foreign)
+    assert third.num_samples == 38
+    assert len({first.hash, second.hash, third.hash}) == 3
+
+
+def test_cut_and_missing_shards_keep_their_place(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = load_manifest(foreign)
+    os.truncate(foreign / "part-1.tar", 3000)
+    (foreign / "part-2.tar").unlink()
+    caplog.set_level(logging.WARNING)
+    for _ in range(2):
+        caplog.clear()
+        assert load_manifest(foreign) == first
+        (message,) = caplog.messages
+        assert "1 of 3 shards are missing (first: part-2.tar)" in message
+        assert "1 of 3 shards were cut off (first: part-1.tar)" in message
+    assert len(read_index(foreign / "part-1.tar")) == 11
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"shards": 1}', "edit", "format"])
+def test_a_damaged_manifest_is_made_anew(foreign: Path, damage: str) -> None:
+    first = load_manifest(foreign)
+    path = foreign / MANIFEST
+    whole = path.read_text()
+    if damage == "edit":
+        about = json.loads(whole)
+        about["shards"][0]["samples"] = 5
+        path.write_text(json.dumps(about))
+    elif damage == "format":
+        path.write_text(whole.replace('"format": 1', '"format": 2'))
+    else:
+        path.write_text(damage)
+    assert load_manifest(foreign) == first
+    assert path.read_text() == whole
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere does not exist"):
+        load_manifest(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"holds no \.tar files$"):
+        load_manifest(tmp_path)
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(DataError, match="hold no samples"):
+        load_manifest(tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        load_manifest(tmp_path / "a.tar")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "a.tar").rename(tmp_path / "below" / "a.tar")
+    with pytest.raises(DataError, match=r"did you mean .*below\?"):
+        load_manifest(tmp_path)
+
+
+def test_an_unfinished_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "set", samples_per_shard=1, made_by="a test") as writer:
+        writer.write("a", {"jpg": b"1"})
+        raise RuntimeError
+    with pytest.raises(DataError, match=r"is unfinished: run the command that began it again \(a test\)"):
+        load_manifest(tmp_path / "set")
