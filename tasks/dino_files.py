@@ -1,0 +1,53 @@
+"""Whole DINO states, student, teacher, heads and centre, from files: ours and the authors'."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tasks.dino import DINO
+from tasks.encoder_files import checkpoint_path, load_strictly, read_checkpoint
+from tasks.errors import TaskError
+
+State = dict[str, Tensor]
+CENTER = "dino_targets.center"
+
+
+def load_dino(model: DINO, source: str | Path) -> None:
+    """Fills student, teacher, heads and centres.
+
+    Args:
+        model: of the file's sizes.
+        source: a run's directory, a Lightning checkpoint of DINOTask, or the authors' full checkpoint
+            ({"student", "teacher", "dino_loss"}).
+
+    Raises:
+        TaskError: it is none of these, or keys are missing or unexpected (all are listed).
+    """
+    content = read_checkpoint(checkpoint_path(source))
+    if isinstance(content, Mapping) and "trivit" in content:
+        if content["trivit"]["objective"] != "dino":
+            raise TaskError(f"{source} is a {content['trivit']['objective']} run: take its encoder, with init_encoder")
+        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    else:
+        state = authors_state(content, str(source))
+    if CENTER in state and CENTER not in model.state_dict():
+        del state[CENTER]  # Sinkhorn-Knopp has none
+    load_strictly(model, state, str(source))
+
+
+def authors_state(content: Any, source: str) -> State:
+    """The authors' full checkpoint under our names; TaskError when it is something else."""
+    if not isinstance(content, Mapping) or not {"student", "teacher", "dino_loss"} <= content.keys():
+        raise TaskError(
+            f"{source} is no full DINO checkpoint (student, teacher, dino_loss); for a backbone alone use init_encoder"
+        )
+    state = {f"{who}.{our_name(k)}": v for who in ("student", "teacher") for k, v in content[who].items()}
+    return {**state, CENTER: content["dino_loss"]["center"]}
+
+
+def our_name(name: str) -> str:
+    """A parameter's name under the authors' MultiCropWrapper (in DDP or not) -> its name in a Branch."""
+    name = name.removeprefix("module.")
+    return f"encoder.trunk.{name.removeprefix('backbone.')}" if name.startswith("backbone.") else name
