@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from datamodules.bad_samples import BadSamples
 from datamodules.errors import DataError
@@ -130,6 +130,7 @@ class ShardDataModule(LightningDataModule):
             )
         if trainer.max_steps < 1:
             raise DataError("the length of the run is unknown: set trainer.max_steps (optimiser steps)")
+        _match_batch_count(trainer, trainer.global_step * layout.accumulate)
         on_accelerator = trainer.strategy.root_device.type != "cpu"
         workers = self.workers
         if workers is None:
@@ -179,3 +180,19 @@ class ShardDataModule(LightningDataModule):
             "seed": self.seed, "manifest": self.manifest.hash, "global_batch_size": self.global_batch_size,
             "lanes": self.order.lanes, "window": self.window,
         }  # fmt: skip
+
+
+def _match_batch_count(trainer: Trainer, micro_steps: int) -> None:
+    """Let a resumed Trainer count micro-batches as if the run had always had its present accumulation.
+
+    A checkpoint holds the number of micro-batches, which decides where optimiser steps and the run end; on another
+    number of ranks the same step is another number of them.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    shift = micro_steps - progress.current.ready
+    counted: Any
+    for counted in (progress.current, progress.total):
+        counted.ready += shift
+        counted.started += shift
+        counted.processed += shift
+        counted.completed += shift

@@ -109,6 +109,13 @@ class StepLoader:
     def __len__(self) -> int:
         return self.stop
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: that this exists tells Lightning that resuming works; the state is in the LightningDataModule."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         steps = range(self.start, self.stop)
         for batch in iterate(self.stream, steps, workers=self.workers, pin_memory=self.pin_memory):
