@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datamodules.console import one_line
 from datamodules.errors import DataError
 from datamodules.sidecars import cannot_write
 
@@ -41,6 +42,7 @@ def contact_sheet(images: "Sequence[tuple[Tensor | None, str]]", columns: int = 
             sheet.paste(
                 image.resize((width, height), method), (left + (_SIDE - width) // 2, top + (_SIDE - height) // 2)
             )
+        text = one_line(text)
         while draw.textlength(text, font) > _SIDE:
             text = text[:-2].rstrip(". ") + "." if len(text) > 3 else ""
         draw.text((left, top + _SIDE + 1), text, _INK, font)

@@ -48,7 +48,7 @@ def inspect_command(root: str | os.PathLike[str], sheet: str | os.PathLike[str] 
         print(f"{damaged} findings in the tars: trivit shards verify {manifest.root} lists them")
 
     rows, labels, keys = _survey(manifest)
-    print(f"\nkeys: {', '.join(keys)}\n")
+    print(f"\nkeys: {one_line(', '.join(keys))}\n")
     print(table(("extension", "samples", "share", "mean bytes", "MB"), rows))
     if labels:
         print(f"\n{_histogram(manifest, labels)}")
