@@ -1,7 +1,8 @@
 """A scene to pixels, in integers only: the same picture for everyone, whatever the machine and the library versions.
 
-Edges are anti-aliased by distance: a distance of d pixels to an edge covers a pixel by clip(1/2 - d, 0, 1), held in 1/256.
-Arrays are [3 h w] int32 until the end. `size` is the side of the square image in pixels.
+Edges are anti-aliased by distance: an edge d pixels away covers a pixel by clip(1/2 - d, 0, 1), held in 1/128, so that
+the difference of two colours times a coverage fits 16 bits. Images are planes [3 h w] int16 until the end; coordinates
+and distances are int32. `size` is the side of the square image in pixels.
 """
 
 from functools import lru_cache
@@ -10,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.synth_scene import RGB, SIDE, Dice, Scene
-from datamodules.synth_shapes import CELLS, SIN, TABLE, TRIG, UNIT, cosine, distance_table, sine
+from datamodules.synth_shapes import CELLS, SIN, TABLE, TRIG, cosine, distance_table, sine
 
 Ints = NDArray[np.int32]
-_FULL = 256  # coverage of a pixel that is wholly inside
+Shorts = NDArray[np.int16]
+_FULL = 128  # coverage of a pixel that is wholly inside; distances are in pixels divided by as much
 _CELL = 256  # positions in a distance table have this many steps per node
 _RADIUS = CELLS * _CELL  # one radius in these steps
 
@@ -34,26 +36,25 @@ def _centres(size: int) -> NDArray[np.int64]:
     return (2 * np.arange(size, dtype=np.int64) + 1) * SIDE // (2 * size)
 
 
-def _plane(colour: RGB) -> Ints:
-    return np.array(colour, dtype=np.int32)[:, None, None]
+def _plane(colour: RGB) -> Shorts:
+    return np.array(colour, dtype=np.int16)[:, None, None]
 
 
-def _blend(under: Ints, over: Ints, cover: Ints) -> Ints:
-    return under + ((over - under) * cover >> 8)
+def _blend(under: Shorts, over: Shorts, cover: Shorts) -> Shorts:
+    change = (over - under) * cover
+    change >>= 7
+    change += under
+    return change
 
 
-def _covered(distance: Ints) -> Ints:
-    """Coverage by what lies on the negative side of an edge; distance in 1/256 pixel."""
-    return _limit(128 - distance)
+def _covered(distance: Ints) -> Shorts:
+    """Coverage by what lies on the negative side of an edge."""
+    return _limit(_FULL // 2 - distance)
 
 
-def _limit(cover: Ints) -> Ints:
-    """Between 0 and 256; np.clip takes 10 us longer, which is 1% of an image."""
-    limited: Ints = np.minimum(np.maximum(cover, 0), _FULL)
-    return limited
-
-
-# Patterns: coverage by the second colour. u and v are coordinates with the given period, `pixels(d)` turns a distance into 1/256 pixel.
+def _limit(cover: Ints) -> Shorts:
+    """Between 0 and `_FULL`; np.clip takes 10 us longer, which is 1% of an image."""
+    return np.minimum(np.maximum(cover, 0), _FULL).astype(np.int16)
 
 
 def _stripes(u: Ints, period: int) -> Ints:
@@ -68,15 +69,15 @@ def _dots(u: Ints, v: Ints, period: int) -> Ints:
     return distance - period * 33 // 100
 
 
-def _pattern(name: str, u: Ints, v: Ints, period: int, to_pixels: int, shift: int) -> Ints:
-    """Coverage by the second colour; `x * to_pixels >> shift` turns the units of u and v into 1/256 pixel."""
+def _pattern(name: str, u: Ints, v: Ints, period: int, to_pixels: int, shift: int) -> Shorts:
+    """Coverage by the second colour; `x * to_pixels >> shift` turns the units of u and v into 1/128 pixel."""
     if name == "dotted":
         return _covered(_dots(u, v, period) * to_pixels >> shift)
     across = _covered(_stripes(u, period) * to_pixels >> shift)
     if name != "checkered":
         return across
     along = _covered(_stripes(v, period) * to_pixels >> shift)
-    return across + along - (across * along >> 7)
+    return across + along - (across * along >> 6)
 
 
 @lru_cache(maxsize=32)
@@ -86,20 +87,20 @@ def _ramps(size: int, nodes: int) -> NDArray[np.int64]:
     left, t = position >> 16, (position & (SIDE - 1)) >> 8
     smooth = t * t * (768 - 2 * t) >> 16
     ramps = np.zeros((size, nodes), dtype=np.int64)
-    ramps[np.arange(size), left] = _FULL - smooth
+    ramps[np.arange(size), left] = 256 - smooth
     ramps[np.arange(size), left + 1] = smooth
     return ramps
 
 
 def _cloud(dice: Dice, nodes: int, size: int) -> Ints:
-    """Smooth noise from 0 to 256."""
+    """Smooth noise from 0 to 255."""
     words = [dice.word() for _ in range((nodes * nodes + 7) // 8)]
     lattice = np.array([word >> shift & 255 for word in words for shift in range(0, 64, 8)], dtype=np.int64)
     ramps = _ramps(size, nodes)
     return (ramps @ lattice[: nodes * nodes].reshape(nodes, nodes) @ ramps.T >> 16).astype(np.int32)
 
 
-def _background(scene: Scene, size: int) -> Ints:
+def _background(scene: Scene, size: int) -> Shorts:
     """Two colours in a pattern, drifting to a third."""
     name, period = scene.attributes["background"], scene.ground_period
     dice = Dice(scene.noise)
@@ -108,19 +109,22 @@ def _background(scene: Scene, size: int) -> Ints:
     u = ((centres * cos >> 14)[None, :] + ((centres * sin >> 14) + scene.ground_phase)[:, None]).astype(np.int32)
     if name == "gradient":
         ends = (min(cos, 0) + min(sin, 0)) * SIDE // TRIG, (max(cos, 0) + max(sin, 0)) * SIDE // TRIG
-        second = (u - scene.ground_phase - ends[0]) // ((ends[1] - ends[0]) >> 8)
-        return _blend(_plane(scene.ground), _plane(scene.ground_far), _limit(second))
+        along = (u - scene.ground_phase - ends[0]) // ((ends[1] - ends[0]) >> 7)
+        return _blend(_plane(scene.ground), _plane(scene.ground_far), _limit(along))
     if name == "cloudy":
-        second = _limit(_cloud(dice, 5, size) * 2 + _cloud(dice, 10, size) - _FULL)
+        second = _limit((_cloud(dice, 5, size) * 2 + _cloud(dice, 10, size) - 256) >> 1)
     else:
         v = ((centres * -sin >> 14)[None, :] + (centres * cos >> 14)[:, None]).astype(np.int32)
         if name == "wavy":
             u = u + (SIN[v * 360 // (2 * period) % 360] * period // (TRIG * 4)).astype(np.int32)
-        second = _pattern(name, u, v, period, size, 8)
+        second = _pattern(name, u, v, period, size, 9)
     image = _blend(_plane(scene.ground), _plane(scene.ground_second), second)
-    image = _blend(image, _plane(scene.ground_far), _limit(_cloud(dice, 4, size) * 5 // 2 - 192) * 15 >> 4)
-    light = ((centres - SIDE // 2) * scene.light[0] >> 15)[None, :] + ((centres - SIDE // 2) * scene.light[1] >> 15)[:, None]
-    return np.minimum(np.maximum(image + light.astype(np.int32), 0), 255)
+    drift = _limit((_cloud(dice, 4, size) * 5 >> 2) - 96) * np.int16(15) >> 4  # the pattern stays visible everywhere
+    image = _blend(image, _plane(scene.ground_far), drift)
+    right, down = ((centres - SIDE // 2) * gain >> 15 for gain in scene.light)
+    image += (right[None, :] + down[:, None]).astype(np.int16)
+    np.maximum(image, 0, out=image)
+    return np.minimum(image, 255, out=image)
 
 
 def _span(centre: int, reach: int, size: int) -> slice:
@@ -128,19 +132,20 @@ def _span(centre: int, reach: int, size: int) -> slice:
     return slice(max(0, (centre - reach) * size >> 16), min(size, ((centre + reach) * size >> 16) + 2))
 
 
-def _draw_spot(image: Ints, x: int, y: int, radius: int, colour: RGB, size: int) -> None:
+def _draw_spot(image: Shorts, x: int, y: int, radius: int, colour: RGB, size: int) -> None:
     rows, columns = _span(y, radius + SIDE // size, size), _span(x, radius + SIDE // size, size)
     dx, dy = (_centres(size)[columns] - x)[None, :], (_centres(size)[rows] - y)[:, None]
     distance = np.sqrt((dx * dx + dy * dy).astype(np.float64)).astype(np.int32) - radius
     box = image[:, rows, columns]
-    box[...] = _blend(box, _plane(colour), _covered(distance * size >> 8))
+    box[...] = _blend(box, _plane(colour), _covered((distance * size >> 9).astype(np.int32)))
 
 
 def _object_coordinates(scene: Scene, rows: slice, columns: slice, size: int) -> tuple[Ints, Ints]:
     """Coordinates in the turned frame of the object, in steps of `_RADIUS` to a radius."""
     cos, sin = (f(scene.degrees) * _RADIUS // scene.radius for f in (cosine, sine))
     dx, dy = (_centres(size)[columns] - scene.x)[None, :], (_centres(size)[rows] - scene.y)[:, None]
-    return ((dx * cos >> 14) + (dy * sin >> 14)).astype(np.int32), ((dy * cos >> 14) - (dx * sin >> 14)).astype(np.int32)
+    u, v = (dx * cos >> 14) + (dy * sin >> 14), (dy * cos >> 14) - (dx * sin >> 14)
+    return u.astype(np.int32), v.astype(np.int32)
 
 
 def _distance(shape: str, u: Ints, v: Ints) -> Ints:
@@ -155,25 +160,27 @@ def _distance(shape: str, u: Ints, v: Ints) -> Ints:
     return upper + ((lower - upper) * down >> 8)
 
 
-def _draw_object(image: Ints, mask: NDArray[np.uint8], scene: Scene, size: int) -> None:
+def _draw_object(image: Shorts, mask: NDArray[np.uint8], scene: Scene, size: int) -> None:
     """Shadow, silhouette in the outline's colour, and the textured fill inside it."""
     reach = scene.radius * 15 // 8  # no outline comes that far
     rows, columns = _span(scene.y, reach, size), _span(scene.x, reach, size)
     u, v = _object_coordinates(scene, rows, columns, size)
     sixteenths = scene.radius * size >> 12  # the radius in 1/16 pixel
-    distance = _distance(scene.attributes["shape"], u, v) * sixteenths // (UNIT // 16)  # 1/256 pixel
+    distance = (
+        _distance(scene.attributes["shape"], u, v) * sixteenths >> 9
+    )  # in 1/128 pixel: a table's unit is 1/4096 radius
     fall = max(1, sixteenths * 9 >> 10)  # pixels by which the shadow lies lower and to the right
     shade = image[:, rows.start + fall : rows.stop + fall, columns.start + fall : columns.stop + fall]
-    soft = _limit(128 - distance * 3 // (1 + fall))[: shade.shape[1], : shade.shape[2]]
-    shade -= shade * soft * 5 >> 12
+    soft = _limit(_FULL // 2 - distance * 3 // (1 + fall))[: shade.shape[1], : shade.shape[2]]
+    shade -= shade * (soft * 40 >> 7) >> 7  # by 5/16 at most
     silhouette = _covered(distance)
     box = image[:, rows, columns]
     outlined = _blend(box, _plane(scene.outline), silhouette)
-    width = max(230, sixteenths * 16 * 12 // 100)
+    width = max(115, sixteenths * 8 * 12 // 100)  # an eighth of the radius, but nearly a pixel
     texture = scene.attributes["texture"]
     fill = _plane(scene.fill)
     if texture != "plain":
-        second = _pattern(texture, u + 2 * _RADIUS, v + 2 * _RADIUS, scene.fill_period, sixteenths, 10)
+        second = _pattern(texture, u + 2 * _RADIUS, v + 2 * _RADIUS, scene.fill_period, sixteenths, 11)
         fill = _blend(fill, _plane(scene.fill_second), second)
     box[...] = _blend(outlined, fill, _covered(distance + width))
-    mask[rows, columns] = silhouette >= 128
+    mask[rows, columns] = silhouette >= _FULL // 2

@@ -1,9 +1,10 @@
 """Drawn images as shards: `trivit shards synth`, the data that is always at hand.
 
-The class is a shape. Neither pixels nor colours give it away (nearest neighbours on either stay within twice chance: place, size,
-turn, colours, texture and background are drawn independently of it, and every shape covers the same area), yet it is what the edges
-of every image say, so that learning shows. Each sample has `.jpg`, `.cls` (index of the shape), `.txt` (a true caption), `.json`
-(every attribute in `ATTRIBUTES`, and numbers), and `.mask.png` (1 = object, 0 = background).
+The class is a shape. Neither pixels nor colours give it away: place, size, turn, colours, texture and background are
+drawn independently of it, every shape covers the same area, and nearest neighbours on pixels or on colour histograms
+stay within twice chance (a test holds that). A network that looks at edges knows it, so that learning shows. Each has
+`.jpg`, `.cls` (index of the shape), `.txt` (a true caption), `.json` (the values of `ATTRIBUTES`, and numbers), and
+`.mask.png` (1 = object, 0 = background).
 """
 
 import io
@@ -23,9 +24,7 @@ from datamodules.drawing import draw
 from datamodules.errors import DataError
 from datamodules.manifest import MANIFEST, Manifest, Shard, describe_shard, load_manifest
 from datamodules.pack_plan import default_samples_per_shard
-from datamodules.shard_writer import (
-    LOCK, ShardFile, begin_set, finish_set, note_progress, remove_leftovers, shard_name,
-)  # fmt: skip
+from datamodules.shard_writer import LOCK, ShardFile, begin_set, finish_set, note_progress, remove_leftovers, shard_name
 from datamodules.sidecars import cannot_write, locked
 from datamodules.synth_scene import ATTRIBUTES, SIDE, SPLITS, Scene, held_out, scene
 from datamodules.synth_shapes import SHAPES, distance_table
@@ -44,16 +43,16 @@ def synth(
 ) -> Manifest:  # fmt: skip
     """Draw a set of `samples` images of `size` x `size` pixels into the folder `dst`, on all cores.
 
-    Sample i depends on (seed, split, i) alone: its scene is the same at every size and its pixels are the same on every machine.
-    Interrupted, the same call goes on where it stopped; when all is there it only says so.
+    Sample i depends on (seed, split, i) alone: its scene is the same at every size, its pixels are the same on every
+    machine. Interrupted, the same call goes on where it stopped; when all is there it only says so.
 
     Args:
         dst: absent, empty, or from the same call before.
         samples: how many.
         size: pixels per side, 16 to 1024.
         seed: another one gives other images.
-        split: "all" draws every pair of shape and colour. "train" and "test" leave one colour of each shape out (`held_out`), and
-            "test_unseen" draws these pairs only. Splits of one seed share no image.
+        split: "all" draws every pair of shape and colour. "train" and "test" leave one colour of each shape out
+            (`held_out`), and "test_unseen" draws these pairs only. Splits of one seed share no image.
         samples_per_shard: 1000 when None, fewer for small sets, so that there are several shards.
         workers: processes; all cores when None.
 
@@ -71,13 +70,21 @@ def synth(
     dst = Path(dst)
     samples_per_shard = samples_per_shard or default_samples_per_shard(samples)
     made_by = (
-        f"synth samples={samples} size={size} seed={seed} split={split} samples_per_shard={samples_per_shard} edition={EDITION}"
+        f"synth samples={samples} size={size} seed={seed} split={split} samples_per_shard={samples_per_shard} "
+        f"edition={EDITION}"
     )
     if (finished := _finished(dst, made_by)) is not None:
         tell(f"{dst}: all {samples} images are there already")
         return finished
     jobs = [
-        _Job(dst / shard_name("synth", number), number, first, min(first + samples_per_shard, samples), size, seed, split)
+        _Job(
+            dst / shard_name("synth", number),
+            number,
+            range(samples)[first : first + samples_per_shard],
+            size,
+            seed,
+            split,
+        )
         for number, first in enumerate(range(0, samples, samples_per_shard))
     ]
     notes = begin_set(dst, made_by)
@@ -100,12 +107,11 @@ def synth(
 
 
 class _Job(NamedTuple):
-    """One shard to draw: samples first to last - 1."""
+    """One shard to draw."""
 
     path: Path
     number: int
-    first: int
-    last: int
+    indices: range
     size: int
     seed: int
     split: str
@@ -117,7 +123,8 @@ def _finished(dst: Path, made_by: str) -> Manifest | None:
         return None
     manifest = load_manifest(dst)
     if manifest.made_by != made_by:
-        raise DataError(f"{dst} already holds another set ({manifest.made_by or 'of unknown origin'}): choose another folder")
+        other = manifest.made_by or "of unknown origin"
+        raise DataError(f"{dst} already holds another set ({other}): delete it, or choose another folder")
     return manifest
 
 
@@ -135,7 +142,7 @@ def _draw_shards(dst: Path, jobs: list[_Job], done: dict[int, Shard], workers: i
     for shape in SHAPES:
         distance_table(shape)  # and no worker has to work these out again
     began = time.monotonic()
-    total, to_do = jobs[-1].last, sum(job.last - job.first for job in left)
+    total, to_do = (sum(len(job.indices) for job in some) for some in (jobs, left))
     with tqdm(total=total, initial=total - to_do, desc="drawing", unit="img", smoothing=0.1, disable=None) as bar:
         for job, shard in spread(_draw_shard, left, workers=workers, tick=bar.update):
             note_progress(dst, {"number": job.number, "shard": vars(shard)})
@@ -150,11 +157,11 @@ def _draw_shard(job: _Job, tick: Tick) -> Shard:
     try:
         file = ShardFile(job.path)
         try:
-            for index in range(job.first, job.last):
+            for count, index in enumerate(job.indices, 1):
                 file.write(f"{index:08d}", draw_sample(job.seed, index, job.size, job.split))
-                if (index + 1 - job.first) % _TICK == 0:
+                if count % _TICK == 0:
                     tick(_TICK)
-            tick((job.last - job.first) % _TICK)
+            tick(len(job.indices) % _TICK)
             return describe_shard(file.close())
         finally:
             file.abort()
@@ -184,7 +191,7 @@ def _encoded(pixels: NDArray[np.uint8], kind: str, **options: int) -> bytes:
 
 
 def _about(what: Scene) -> dict[str, object]:
-    """The attributes, and numbers: degrees clockwise; centre and radius (of the circle of equal area) in sides of the image."""
+    """The attributes, and numbers: degrees clockwise; centre and radius (of the circle of equal area) over the side."""
     return what.attributes | {
         "degrees": what.degrees,
         "rgb": what.fill,

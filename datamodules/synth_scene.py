@@ -1,7 +1,7 @@
-"""What is in a drawn image: every attribute, the numbers behind it, and a true caption, from (seed, split, index) alone.
+"""What is in a drawn image: attributes, the numbers behind them, and a true caption, all from (seed, split, index).
 
-All attributes are drawn independently (only the splits tie shape and colour, by leaving pairs out), so that none gives another away.
-Lengths are in units of 1/65536 of the image's side: the same scene is drawn at any size.
+All attributes are drawn independently, so that none gives another away; only the splits tie shape and colour, by
+leaving pairs out. Lengths are in units of 1/65536 of the image's side: the same scene is drawn at any size.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from datamodules.synth_shapes import ROUND_SHAPES, SHAPES, UNIT, extent
 
 T = TypeVar("T")
 RGB = tuple[int, int, int]
-
 SIDE = 1 << 16
 SPLITS = ("all", "train", "test", "test_unseen")
 
@@ -53,7 +52,7 @@ def _mix(word: int) -> int:
 
 
 class Dice:
-    """A stream of integers that depends on nothing but the numbers it is made from: splitmix64, in Python's integers."""
+    """A stream of integers that depends on nothing but the numbers given: splitmix64, in Python's integers."""
 
     def __init__(self, *numbers: int) -> None:
         self._state = 0
@@ -75,7 +74,7 @@ class Dice:
 
 
 def held_out(shape: str, colour: str) -> bool:
-    """Whether the pair is never drawn in the splits train and test, and is the only kind in test_unseen: one colour per shape."""
+    """Whether a pair is kept from the splits train and test, for test_unseen: one colour of each shape."""
     return (3 * SHAPES.index(shape)) % len(COLOURS) == ATTRIBUTES["colour"].index(colour)
 
 
@@ -209,12 +208,12 @@ _PATTERNS = {"plain": "of one colour", "striped": "with stripes", "dotted": "wit
 
 
 def _caption(attributes: dict[str, str], dice: Dice) -> str:
-    """A sentence that is true of the image; it always names shape and colour, the rest in changing order or not at all."""
+    """A sentence that is true of the image; it always names shape and colour, the rest in varying order or not."""
     words = dict(attributes)
     place = attributes["place"]
     words["place"] = f"{'on' if place in ('left', 'right') else 'in' if place == 'centre' else 'at'} the {place}"
     words["pattern"] = _PATTERNS[attributes["texture"]]
-    words["tilt"] = "upright" if attributes["rotation"] == "upright" else f"tilted to the {attributes['rotation'].split()[1]}"
+    words["tilt"] = attributes["rotation"].replace("tilted", "tilted to the")
     words |= {f"a_{key}": f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for key, word in words.items()}
     turned = attributes["shape"] not in ROUND_SHAPES
     return dice.pick([template for template in _TEMPLATES if turned or "{tilt}" not in template]).format(**words)

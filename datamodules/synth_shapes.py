@@ -1,8 +1,8 @@
 """The ten outlines of the drawn images, as integer polygons and as tables of signed distances.
 
-Every outline is scaled to the area of a circle of radius 1, so that the amount of a colour in an image says nothing about the
-shape. Only integers and correctly rounded IEEE operations (+ - * / sqrt, each its own NumPy call) are used, so that the tables are
-the same on every machine; the sine table is rounded far from any half (a test holds that).
+Every outline is scaled to the area of a circle of radius 1, so that the amount of a colour in an image says nothing
+about the shape. Only integers and correctly rounded IEEE operations (+ - * / sqrt, each its own NumPy call) are used,
+so that the tables are the same on every machine; the sine table is rounded far from any half (a test holds that).
 
 Screen coordinates: x to the right, y down; an angle of 0 degrees points up and grows clockwise.
 """
@@ -45,6 +45,17 @@ def _star() -> list[Point]:
     return [point for i in range(10) for point in _arc([36 * i], radius=500 if i % 2 else 1000)]
 
 
+def _cross() -> list[Point]:
+    arm = [(-360, -360), (-360, -1000), (360, -1000)]
+    quarters: list[list[Point]] = [
+        arm,
+        [(-y, x) for x, y in arm],
+        [(-x, -y) for x, y in arm],
+        [(y, -x) for x, y in arm],
+    ]
+    return [point for quarter in quarters for point in quarter]
+
+
 def _heart() -> list[Point]:
     points = []
     for t in range(0, 360, 6):
@@ -55,7 +66,7 @@ def _heart() -> list[Point]:
 
 
 def _crescent() -> list[Point]:
-    """A disc with a bite from the right: the bite's circle is centred half a radius away and meets the disc 50 degrees off."""
+    """A disc with a bite from the right, by a circle half a radius away; they meet 50 degrees above and below."""
     bite = math.isqrt(1000**2 + 500**2 - 1000 * 1000 * cosine(50) // TRIG)
     return _arc(range(140, 401, 5)) + _arc(range(5, -186, -5), radius=bite, x=500)
 
@@ -66,10 +77,7 @@ _DRAWN: dict[str, list[list[Point]]] = {
     "triangle": [_arc([0, 120, 240])],
     "star": [_star()],
     "ring": [_arc(range(0, 360, 5)), _arc(range(360, 0, -5), radius=560)],
-    "cross": [[(x * a, y * b) for x, y, a, b in (
-        (360, 1000, 1, -1), (360, 360, 1, -1), (1000, 360, 1, -1), (1000, 360, 1, 1), (360, 360, 1, 1), (360, 1000, 1, 1),
-        (360, 1000, -1, 1), (360, 360, -1, 1), (1000, 360, -1, 1), (1000, 360, -1, -1), (360, 360, -1, -1), (360, 1000, -1, -1),
-    )]],
+    "cross": [_cross()],
     "heart": [_heart()],
     "crescent": [_crescent()],
     "arrow": [[(0, -1000), (850, -50), (350, -50), (350, 1000), (-350, 1000), (-350, -50), (-850, -50)]],
@@ -88,7 +96,7 @@ def _moments(loop: list[Point]) -> tuple[int, int, int]:
 
 @cache
 def polygons(shape: str) -> list[list[Point]]:
-    """The closed loops of one shape: centred on its centroid, of area pi `UNIT`^2, a hole turning against its outline."""
+    """The closed loops of one shape: centred on its centroid, of area pi `UNIT`^2; holes turn the other way round."""
     sums = [_moments(loop) for loop in _DRAWN[shape]]
     area, moment_x, moment_y = (sum(column) for column in zip(*sums, strict=True))
     # scale = UNIT sqrt(pi / (area / 2)), kept times 2^20; the centroid is moment / (3 area)
@@ -111,7 +119,7 @@ def extent(shape: str, degrees: int) -> tuple[tuple[int, int], tuple[int, int]]:
 
 @cache
 def distance_table(shape: str) -> NDArray[np.int32]:
-    """Signed distance to the outline, negative inside, in radii times `UNIT`; [TABLE * TABLE], row by row from the upper left."""
+    """Signed distance to the outline, negative inside, in radii times `UNIT`; [TABLE * TABLE], row by row."""
     axis = (np.arange(TABLE, dtype=np.float64) - TABLE // 2) * (UNIT // CELLS)
     x, y = axis[None, :], axis[:, None]
     nearest = np.full((TABLE, TABLE), np.inf)
@@ -122,8 +130,7 @@ def distance_table(shape: str) -> NDArray[np.int32]:
             along = np.clip(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy), 0.0, 1.0)
             off_x, off_y = (x - x0) - along * dx, (y - y0) - along * dy
             np.minimum(nearest, off_x * off_x + off_y * off_y, out=nearest)
-            if y0 != y1:  # does a ray to the right cross this edge
-                crosses = ((y0 <= y) != (y1 <= y)) & ((x - x0) * dy < (y - y0) * dx if dy > 0 else (x - x0) * dy > (y - y0) * dx)
-                inside ^= crosses
-    distance = np.rint(np.sqrt(nearest)).astype(np.int32)
-    return np.where(inside, -distance, distance).reshape(-1)
+            side = ((y - y0) * dx - (x - x0) * dy) * (1 if dy > 0 else -1)
+            inside ^= ((y0 <= y) != (y1 <= y)) & (side > 0)  # a ray to the right crosses this edge
+    distance: NDArray[np.int32] = np.rint(np.sqrt(nearest)).astype(np.int32)
+    return np.where(inside, -distance, distance).ravel()
