@@ -21,11 +21,13 @@ from tqdm import tqdm
 from datamodules.errors import DataError
 from datamodules.sidecars import read_sidecar, write_sidecar
 from datamodules.tar_index import ShardIndex, cannot_read, read_index
+from datamodules.workers import Tick, spread
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.jsonl"
 CLASSES = "classes.txt"
+_SHARDS_FOR_PROCESSES = 64
 log = logging.getLogger("trivit")
 
 
@@ -127,11 +129,15 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
 def build_manifest(root: Path, names: Iterable[str]) -> Manifest:
     """Index the tars `names` in `root` as far as necessary and write the manifest; `classes.txt` names the classes."""
     names = list(names)
-    shards, members = [], Counter[str]()
-    for name in tqdm(names, desc="indexing", unit="shard", disable=None, leave=False):
-        index = read_index(root / name)
-        shards.append(describe_shard(index))
-        members += index.extension_counts()
+    paths = [root / name for name in names]
+    described: dict[str, Shard] = {}
+    members = Counter[str]()
+    with tqdm(total=len(paths), desc="indexing", unit="shard", disable=None, leave=False) as bar:
+        workers = None if len(paths) >= _SHARDS_FOR_PROCESSES else 1
+        for path, (shard, counts) in spread(_index_shard, paths, workers=workers, tick=bar.update):
+            described[path.name] = shard
+            members += counts
+    shards = [described[name] for name in names]
     if not sum(shard.samples for shard in shards):
         raise DataError(f"{root}: its {len(names)} tars hold no samples (files called KEY.EXTENSION)")
     listed = root / CLASSES
@@ -139,6 +145,13 @@ def build_manifest(root: Path, names: Iterable[str]) -> Manifest:
     manifest = Manifest(root, tuple(shards), tuple(classes), dict(sorted(members.items())))
     write_sidecar(root / MANIFEST, manifest.to_bytes())
     return manifest
+
+
+def _index_shard(path: Path, tick: Tick) -> tuple[Shard, Counter[str]]:
+    """Index one tar and describe it; returns how many members it has of each extension, too."""
+    index = read_index(path)
+    tick(1)
+    return describe_shard(index), index.extension_counts()
 
 
 def list_tars(root: Path) -> dict[str, int]:

@@ -41,6 +41,15 @@ def test_counts_members_and_copies(foreign: Path, tmp_path_factory: pytest.TempP
     assert Manifest(other, copy.shards).hash == manifest.hash
 
 
+def test_many_shards_are_indexed_by_processes(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_manifest(foreign)
+    for path in [*foreign.glob("*.idx"), foreign / MANIFEST]:
+        path.unlink()
+    monkeypatch.setattr("datamodules.manifest._SHARDS_FOR_PROCESSES", 2)
+    assert load_manifest(foreign) == first
+    assert len(list(foreign.glob("*.idx"))) == 3
+
+
 def test_a_second_load_reads_no_tar_and_no_index(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_manifest(foreign)
     for path in foreign.glob("*.idx"):
