@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat: `make bench` for the ratios, `python -m benchmarks.tin40` for the learning runs."""
+"""Measurements that anyone can repeat: `make bench` for ratios, `python -m benchmarks.tin40` for the learning runs."""

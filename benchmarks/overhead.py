@@ -20,7 +20,7 @@ from benchmarks.table import Row
 from datamodules.normalize import normalize
 from datamodules.shard_datamodule import ShardDataModule
 from datamodules.synth import synth
-from pretrain.config import parse
+from pretrain.config import instantiate, parse
 from pretrain.run import train
 from tasks.mae import MAE
 from tasks.masks import random_noise
@@ -67,7 +67,7 @@ def _program(data: Path, output: Path, steps: int) -> list[float]:
 
 def _bare(data: Path, output: Path, steps: int) -> list[float]:
     cli, config = _config(data, output, steps)
-    parts = cli.parser.instantiate(config)
+    parts = instantiate(cli, config)
     task: PretrainTask = parts.model
     source: ShardDataModule = parts.data
     source.setup("fit")

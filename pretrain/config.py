@@ -20,9 +20,11 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from datamodules.errors import DataError
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.errors import RunError
 from tasks.encoder_config import EncoderConfig
+from tasks.errors import TaskError
 from tasks.task import PretrainTask
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
@@ -85,6 +87,19 @@ def parse(arguments: list[str]) -> tuple[PretrainCLI, Namespace]:
     except (ArgumentError, argparse.ArgumentError) as error:
         raise RunError(shorten(str(error))) from error
     return cli, cli.config
+
+
+def instantiate(cli: PretrainCLI, config: Namespace) -> Namespace:
+    """Build task, data and callbacks; jsonargparse buries the one line of a TaskError under a union of types."""
+    try:
+        return cli.parser.instantiate(config)  # type: ignore[no-any-return]
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, TaskError | DataError):
+                raise cause from None
+            cause = cause.__cause__
+        raise
 
 
 def find_configs(arguments: list[str]) -> list[str]:
@@ -150,7 +165,7 @@ def _did_you_mean(name: str, owner: list[str]) -> str:
 
 
 def plain(config: Namespace) -> dict[str, Any]:
-    """Nested dict of built-in types, as it is written to config.yaml."""
+    """Nested dict of what YAML knows (lists for tuples), as it is written to config.yaml."""
     tree = config.as_dict()
     tree.pop("config", None)
-    return tree  # type: ignore[no-any-return]
+    return yaml.safe_load(yaml.safe_dump(tree))  # type: ignore[no-any-return]

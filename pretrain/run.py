@@ -19,7 +19,7 @@ from datamodules.open_shards import open_shards
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, fill_in, max_steps
-from pretrain.config import PretrainCLI, parse, plain
+from pretrain.config import PretrainCLI, instantiate, parse, plain
 from pretrain.errors import Interrupted, RunError
 from pretrain.guard import FiniteGuard
 from pretrain.metrics import Metrics
@@ -54,7 +54,7 @@ def train(cli: PretrainCLI, config: Namespace) -> Path:
     directory.claim()
     try:
         config.data.train = str(open_shards(config.data.train))
-        parts = cli.parser.instantiate(config)
+        parts = instantiate(cli, config)
         data: ShardDataModule = parts.data
         task: PretrainTask = parts.model
         data.bad_samples_file = directory.path / "bad_samples.jsonl"

@@ -7,8 +7,8 @@ import torch
 
 from datamodules.synth import synth
 from pretrain.checks import check, fill_in
-from pretrain.config import SHIPPED, parse
-from tasks.encoders import load_encoder
+from pretrain.config import SHIPPED, instantiate, parse
+from tasks import load_encoder
 from tests.pretrain.conftest import pretrain
 
 CONFIGS = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -26,7 +26,7 @@ def test_config_builds_with_the_sizes_that_its_name_says(name: str) -> None:
     check(config)
     fill_in(config)
     with torch.device("meta"):
-        parts = cli.parser.instantiate(config)
+        parts = instantiate(cli, config)
     encoder = parts.model.encoder_config
     assert encoder.image_size == config.data.recipe.init_args.crop_size
     assert encoder.patch_size == int(name.split("_")[1][4:]) if "_in1k" in name else True
