@@ -22,7 +22,7 @@ from evaluation.errors import EvaluationError
 from evaluation.lbfgs import Minimum, minimise
 from evaluation.ranks import rank_of_truth
 
-STRENGTHS = tuple(float(f"{10 ** (e / 2):.3g}") for e in range(4, -13, -1))  # 100 ... 1e-6, half a decade apart
+STRENGTHS = tuple(float(f"{10 ** (e / 2):.3g}") for e in range(2, -17, -1))  # 10 ... 1e-8, half a decade apart
 HELD_OUT = 0.1
 PATIENCE = 3
 TOLERANCE = 3e-5

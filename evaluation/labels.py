@@ -1,0 +1,57 @@
+"""Train and test label their classes independently; they are matched by name, never by number."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.errors import EvaluationError
+
+Ints = NDArray[np.int64]
+
+
+def check_labelled(label: Ints, what: str) -> None:
+    """EvaluationError when a sample has no label (-1), or all of train have the same one."""
+    missing = int((label < 0).sum())
+    if missing:
+        count = "no" if missing == len(label) else f"only {len(label) - missing:,} of {len(label):,}"
+        raise EvaluationError(
+            f"{count} {what} image has a label: probes need class folders, or a .cls beside each image"
+        )
+    if what == "train" and len(np.unique(label)) < 2:
+        raise EvaluationError("all train images are of one class: probes need at least two classes")
+
+
+def match_labels(
+    train_names: Sequence[str], train_label: Ints, test_names: Sequence[str], test_label: Ints
+) -> tuple[Ints, tuple[str, ...]]:
+    """Test labels in the numbering of train, and the class names; empty names mean that numbers are the names.
+
+    Raises:
+        EvaluationError: a test class has no train image, only one side has names, or a name stands for two classes.
+    """
+    if bool(train_names) != bool(test_names):
+        named, bare = ("train", "test") if train_names else ("test", "train")
+        raise EvaluationError(f"{named} names its classes and {bare} only numbers them, so they cannot be matched")
+    if not train_names:
+        count = int(max(train_label.max(), test_label.max())) + 1
+        train_names = test_names = tuple(str(i) for i in range(count))
+    if tuple(train_names) == tuple(test_names):
+        number = np.arange(len(train_names))
+    else:
+        twice = [name for names in (train_names, test_names) for name, n in Counter(names).items() if n > 1]
+        if twice:
+            raise EvaluationError(
+                f"class name {twice[0]!r} stands for two classes, so train and test cannot be matched"
+            )
+        place = {name: i for i, name in enumerate(train_names)}
+        number = np.array([place.get(name, -1) for name in test_names])
+    matched = number[test_label]
+    known = np.zeros(len(train_names) + 1, dtype=bool)
+    known[np.unique(train_label)] = True  # the last entry stays False and stands for -1
+    lost = sorted({test_names[i] for i in np.unique(test_label[~known[matched]])})
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        raise EvaluationError(f"test classes without any train image: {', '.join(lost[:5])}{more}")
+    return matched.astype(np.int64), tuple(train_names)

@@ -1,0 +1,96 @@
+"""The probes by name: train and test features in, a result with its protocol out.
+
+A result is plain data for results.json, in percent: {"top1", "top5" (with more than five classes), "interval" (95%, of
+top-1, for the sampling of test images), "protocol", ...}.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation import knn, linear
+from evaluation.errors import EvaluationError
+from evaluation.ranks import interval, top
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Features x [n d], labels [n] in one numbering, and the number of classes c."""
+
+    train: NDArray[np.float32]
+    train_label: NDArray[np.int64]
+    test: NDArray[np.float32]
+    test_label: NDArray[np.int64]
+    classes: int
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What a user may choose. ks None: those of the DINO paper that are not larger than train."""
+
+    ks: Sequence[int] | None = None
+    temperature: float = knn.TEMPERATURE
+    strengths: Sequence[float] = linear.STRENGTHS
+    seed: int = 0
+    device: str = "cpu"
+
+
+def score_knn(data: ProbeData, settings: ProbeSettings) -> Result:
+    """kNN with the DINO vote; top1 is that of k = 20 (of the largest k when 20 was not asked for)."""
+    ks = sorted(settings.ks) if settings.ks else [k for k in knn.KS if k == 20 or k <= len(data.train)]
+    ranks = knn.knn_ranks(
+        data.train, data.train_label, data.test, data.test_label,
+        classes=data.classes, ks=ks, temperature=settings.temperature,
+    )  # fmt: skip
+    main = 20 if 20 in ks else ks[-1]
+    protocol = {"k": main, "ks": ks, "temperature": settings.temperature, "similarity": "cosine, exact"}
+    by_k = {str(k): _percent(top(rank)) for k, rank in ranks.items()}
+    return {**_tops(ranks[main], data.classes), "by_k": by_k, "protocol": protocol}
+
+
+def score_linear(data: ProbeData, settings: ProbeSettings) -> Result:
+    """Logistic regression on standardised features, its strength chosen on a tenth of train."""
+    probe = linear.linear_probe(
+        data.train, data.train_label, data.test, data.test_label,
+        classes=data.classes, strengths=settings.strengths, seed=settings.seed, device=settings.device,
+    )  # fmt: skip
+    protocol = {
+        "objective": "mean cross-entropy + strength / 2 * |W|^2 on standardised features, full batch L-BFGS",
+        "strength": probe.strength,
+        "strengths_tried": {f"{s:g}": _percent(accuracy) for s, accuracy in probe.held_out.items()},
+        "strength_grid": list(settings.strengths),
+        "chosen_on": f"stratified {linear.HELD_OUT:.0%} of train (top-1), then refit on all of train",
+        "stopped_at": f"gradient norm <= {linear.TOLERANCE:g}",
+        "gradient_norm": float(f"{probe.fit.gradient_norm:.3g}"),
+        "iterations": probe.fit.iterations,
+        "converged": probe.fit.converged,
+        "train_loss": float(f"{probe.fit.value:.6g}"),
+        "seed": settings.seed,
+    }
+    return {**_tops(probe.rank, data.classes), "protocol": protocol}
+
+
+PROBES: dict[str, Callable[[ProbeData, ProbeSettings], Result]] = {"knn": score_knn, "linear": score_linear}
+
+
+def check_probes(names: Sequence[str]) -> tuple[str, ...]:
+    """The names without repeats; EvaluationError when there is none, or one that is unknown."""
+    unknown = [name for name in names if name not in PROBES]
+    if unknown or not names:
+        what = f"unknown probe {unknown[0]!r}" if unknown else "no probe given"
+        raise EvaluationError(f"{what}: there are {', '.join(PROBES)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _tops(rank: NDArray[np.int64], classes: int) -> Result:
+    five = {"top5": _percent(top(rank, 5))} if classes > 5 else {}
+    return {"top1": _percent(top(rank)), **five, "interval": interval(rank)}
+
+
+def _percent(value: float) -> float:
+    return round(value, 3)

@@ -1,0 +1,58 @@
+"""What a masked autoencoder sees, and what it fills in.
+
+Axes: b = images, c = channels, h w = pixels, n = patches, s = numbers of a patch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from datamodules.normalize import normalize
+from evaluation.pictures import picture
+from tasks.mae import MAE
+from tasks.masks import random_noise
+
+GREY = 127
+
+
+class Reconstruction(NamedTuple):
+    """uint8 [b 3 h w] each: the image, what the encoder saw (the rest grey), and that with these filled in."""
+
+    image: Tensor
+    masked: Tensor
+    output: Tensor
+
+
+@torch.inference_mode()
+def reconstruct(mae: MAE, images: Tensor, seed: int = 0) -> Reconstruction:
+    """Hide patches as in training (mask of a fixed seed per image) and fill them with the prediction; uint8 [b 3 h w].
+
+    With normalised targets (section 3.4 of arXiv:2111.06377) a prediction has lost the brightness and contrast of its
+    patch; they are taken from the true patch, so only the structure inside of a patch is the model's own.
+    """
+    mae = mae.eval()
+    config = mae.encoder.config
+    x = normalize(images, config.mean, config.std)
+    keys = torch.arange(len(x), dtype=torch.int64) + 1_000_003 * seed
+    out = mae(x, random_noise(keys, mae.encoder.num_patches, "reconstruction").to(x.device))
+    patches, pred, hidden = mae.patchify(x), out.pred.float(), out.mask[:, :, None].bool()
+    if mae.norm_pix_loss:
+        pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
+    filled = _to_bytes(mae.unpatchify(torch.where(hidden, pred, patches)), config.mean, config.std)
+    whole = mae.unpatchify(hidden.expand_as(patches).float()).bool()
+    return Reconstruction(images, torch.where(whole, torch.full_like(images, GREY), images), filled)
+
+
+def draw_reconstructions(found: Reconstruction) -> list[list[tuple[str, str]]]:
+    """For each image its three pictures as (name, data URI)."""
+    names = ("input", "masked", "output")
+    return [
+        [(name, picture(part)) for name, part in zip(names, parts, strict=True)] for parts in zip(*found, strict=True)
+    ]
+
+
+def _to_bytes(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    offset, scale = (torch.tensor(v, device=x.device, dtype=x.dtype)[:, None, None] for v in (mean, std))
+    return ((x * scale + offset) * 255).round().clamp(0, 255).to(torch.uint8)

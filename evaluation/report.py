@@ -1,0 +1,92 @@
+"""One self-contained HTML page about one run or several: verdict, scores, curves, pictures, settings."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from datamodules.sidecars import cannot_write, write_aside
+from evaluation.curves import curves, draw_curves
+from evaluation.errors import EvaluationError
+from evaluation.report_pictures import neighbour_section, reconstruction_section
+from evaluation.report_tables import bad_counts, differences, facts, protocols, score_table
+from evaluation.run_files import Run, read_run
+from evaluation.verdict import judge
+
+PICTURES = 8
+PICTURES_OF_SEVERAL = 4
+MOST_BAD = 30
+
+
+def report(
+    runs: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    cache_dir: Path | None = None,
+) -> Path:
+    """Write the page and return its path.
+
+    Pictures need the test images of the last `trivit evaluate`, neighbours also the features it left in the cache;
+    what is missing is left out, and the page says why.
+
+    Args:
+        runs: folders of runs; several are compared side by side.
+        output: the file; None: report.html in the first run.
+        cache_dir: where evaluation keeps features; None: the user's cache.
+
+    Raises:
+        EvaluationError: no run, a folder that is none, or nowhere to write.
+    """
+    if not runs:
+        raise EvaluationError("name at least one run")
+    loaded = unique_names([read_run(Path(run)) for run in runs])
+    place = Path(output) if output is not None else loaded[0].path / "report.html"
+    if place.is_dir():
+        place = place / "report.html"
+    page = render(loaded, cache_dir)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(place, page.encode())
+    except OSError as error:
+        raise EvaluationError(cannot_write(place, error)) from error
+    return place
+
+
+def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
+    """The page as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    names = [run.name for run in runs]
+    many = PICTURES if len(runs) == 1 else PICTURES_OF_SEVERAL
+    return environment.get_template("report.html.jinja").render(
+        title=" · ".join(names),
+        css=Markup((Path(__file__).parent / "report.css").read_text()),
+        version=version("trivit"),
+        made=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
+        runs=runs,
+        verdicts=[(run, judge(run), facts(run)) for run in runs],
+        scores=score_table(runs),
+        panels=[Markup(draw_curves(name, each, names)) for name, each in curves(runs).items()],
+        reconstructions=[reconstruction_section(run, many) for run in runs],
+        neighbours=[neighbour_section(run, many, cache_dir) for run in runs],
+        bad=[(run, bad_counts(run), run.bad[:MOST_BAD]) for run in runs],
+        differences=differences(runs),
+        protocols=[(run, protocols(run)) for run in runs],
+    )
+
+
+def unique_names(runs: Sequence[Run]) -> list[Run]:
+    """Runs of the same folder name get as much of their path as tells them apart; a run named twice is left out."""
+    different = list({run.path.resolve(): run for run in runs}.values())
+    for depth in range(1, 20):
+        names = ["/".join(run.path.resolve().parts[-depth:]) for run in different]
+        if len(set(names)) == len(names):
+            break
+    return [replace(run, name=name) for run, name in zip(different, names, strict=True)]

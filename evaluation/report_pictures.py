@@ -1,0 +1,84 @@
+"""The pictures of a report: reconstructions and nearest neighbours of a run, or the reason why there are none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datamodules.errors import DataError
+from datamodules.manifest import Manifest, load_manifest
+from datamodules.open_shards import open_shards
+from evaluation.errors import EvaluationError
+from evaluation.report_tables import test_set
+from evaluation.run_files import Run
+
+
+@dataclass(frozen=True)
+class Section:
+    """The pictures of one run; `note` says why there are none, or what they show."""
+
+    run: str
+    note: str
+    pictures: Sequence[Any] = ()
+
+
+def _open(path: str) -> Manifest:
+    if not Path(path).exists():
+        raise EvaluationError(f"{path} is not there any more")
+    return load_manifest(open_shards(path))
+
+
+def reconstruction_section(run: Run, count: int) -> Section | None:
+    """Reconstructions of test images (of train images before any evaluation); None for a run that is no MAE."""
+    if "MAE" not in str(run.get("model.class_path", "")):
+        return None
+    from evaluation.pictures import sample_images
+    from evaluation.reconstructions import draw_reconstructions, reconstruct
+    from tasks.errors import TaskError
+    from tasks.mae import load_mae
+
+    protocol = test_set(run)
+    path, which = (protocol["test"]["path"], "test") if protocol else (run.get("data.train"), "train")
+    try:
+        mae = load_mae(run.path)
+        images = sample_images(_open(str(path)).root, mae.encoder.config, count)
+        found = draw_reconstructions(reconstruct(mae, images))
+    except (TaskError, DataError, EvaluationError) as error:
+        return Section(run.name, f"No reconstructions: {error}.")
+    note = f"{len(found)} {which} images, not chosen. {mae.mask_ratio:.0%} of the patches are hidden from the encoder."
+    if mae.norm_pix_loss:
+        note += (
+            " This model predicts normalised patches: brightness and contrast of each hidden patch are taken from the "
+            "true one (its own mean and standard deviation), so judge the structure, not the colours."
+        )
+    return Section(run.name, note, found)
+
+
+def neighbour_section(run: Run, count: int, cache_dir: Path | None) -> Section | None:
+    """Nearest neighbours from the features that evaluation left; None before any evaluation."""
+    protocol = test_set(run)
+    if protocol is None:
+        return None
+    from evaluation.features import cached_features
+    from evaluation.neighbours import draw_neighbours, neighbours
+    from evaluation.pictures import load_pictures, spread
+    from tasks.encoder_files import load_encoder
+    from tasks.errors import TaskError
+
+    try:
+        encoder = load_encoder(run.path)
+        sets = [_open(protocol[which]["path"]) for which in ("train", "test")]
+        train, test = (cached_features(encoder, m, cache_dir / "features" if cache_dir else None) for m in sets)
+        if train is None or test is None:
+            return Section(
+                run.name, "No neighbours: the features of this checkpoint are not cached; evaluate it again."
+            )
+        queries = neighbours(train, test, spread(len(test), count))
+        of_test = load_pictures(sets[1], [test.key[q.row] for q in queries], encoder.config)
+        of_train = [load_pictures(sets[0], [train.key[n.row] for n in q.neighbours], encoder.config) for q in queries]
+    except (TaskError, DataError, EvaluationError) as error:
+        return Section(run.name, f"No neighbours: {error}.")
+    right = sum(n.right for q in queries for n in q.neighbours)
+    total = sum(len(q.neighbours) for q in queries)
+    note = f"{len(queries)} test images drawn at random; {right} of their {total} neighbours are of the same class."
+    return Section(run.name, note, draw_neighbours(queries, of_test, of_train))

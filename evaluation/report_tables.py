@@ -1,0 +1,141 @@
+"""The tables of a report: facts, scores beside their floors, bad samples, differences between configs, protocols."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+
+from evaluation.run_files import Run
+from evaluation.verdict import PROBE_NAMES
+
+FLOOR_ROWS = {"untrained": "Untrained encoder", "raw_pixels": "Raw pixels"}
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What happened, in a few numbers: (what, value)."""
+    metrics, found = run.metrics, []
+    batch = run.get("data.global_batch_size")
+    if run.step:
+        found.append(("steps", f"{run.step:,}"))
+        if isinstance(batch, int):
+            found.append(("images seen", f"{run.step * batch:,}"))
+        if len(metrics.get("epoch", ())):
+            found.append(("epochs", f"{metrics['epoch'][-1]:.3g}"))
+        if len(metrics.get("seconds", ())):
+            found.append(("training time", duration(metrics["seconds"][-1])))
+        for name, label, form in (
+            ("train/images_per_second", "images per second", "{:,.0f}"),
+            ("train/data_wait", "waiting for data", "{:.1%}"),
+        ):
+            if len(metrics.get(name, ())) and np.isfinite(metrics[name]).any():
+                found.append((label, form.format(float(np.nanmedian(metrics[name])))))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Columns (probes) and rows (name, kind, cells) of the score table; None when nothing was evaluated."""
+    probes = [probe for probe in PROBE_NAMES if any(probe in run.results for run in runs)]
+    if not probes:
+        return None
+    rows: list[dict[str, Any]] = [
+        {"name": run.name, "kind": "run", "cells": [_cell(run.results.get(p)) for p in probes]} for run in runs
+    ]
+    seen = set()
+    for run in runs:
+        for floor, label in FLOOR_ROWS.items():
+            cells = [_cell(run.results.get("floors", {}).get(floor, {}).get(p)) for p in probes]
+            identity = (label, tuple(cell["top1"] if cell else None for cell in cells))
+            if any(cells) and identity not in seen:
+                seen.add(identity)
+                rows.append({"name": label, "kind": "floor", "cells": cells, "of": run.name})
+    twice = {row["name"] for row in rows if sum(row["name"] == other["name"] for other in rows) > 1}
+    for row in rows:
+        if row["kind"] == "floor" and row["name"] in twice:
+            row["name"] = f"{row['name']} ({row['of']})"
+    largest = max(cell["top1"] for row in rows for cell in row["cells"] if cell)
+    protocol = next(run.results[p]["protocol"] for run in runs for p in probes if p in run.results)
+    return {
+        "probes": [PROBE_NAMES[p] for p in probes],
+        "rows": rows,
+        "scale": max(largest, 1e-9),
+        "majority": protocol.get("majority_class"),
+        "classes": protocol.get("classes"),
+        "images": protocol.get("test", {}).get("images"),
+        "k": next((run.results["knn"]["protocol"].get("k") for run in runs if "knn" in run.results), None),
+    }
+
+
+def _cell(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not result:
+        return None
+    low, high = result.get("interval", [result["top1"]] * 2)
+    return {"top1": result["top1"], "half": (high - low) / 2}
+
+
+def test_set(run: Run) -> dict[str, Any] | None:
+    """The protocol of the newest result that names its data; None before any evaluation."""
+    return next(
+        (r["protocol"] for r in map(run.results.get, PROBE_NAMES) if r and "test" in r.get("protocol", {})), None
+    )
+
+
+def bad_counts(run: Run) -> list[tuple[str, int]]:
+    """Unreadable images by reason, most frequent first, then those that evaluation met."""
+    reasons: dict[str, int] = {}
+    for entry in run.bad:
+        reason = str(entry.get("reason", "unknown"))
+        reasons[reason] = reasons.get(reason, 0) + 1
+    found = sorted(reasons.items(), key=lambda item: -item[1])
+    protocol = test_set(run) or {}
+    for which in ("train", "test"):
+        count = protocol.get(which, {}).get("bad", 0)
+        if count:
+            found.append((f"left out in evaluation ({which})", count))
+    return found
+
+
+def flat_config(run: Run) -> dict[str, str]:
+    """The config as dotted keys and short values."""
+    found: dict[str, str] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                walk(inner, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+        else:
+            found[key] = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+    walk(run.config, "")
+    return found
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Config keys in which the runs differ, with the value of each run."""
+    flat = [flat_config(run) for run in runs]
+    keys = sorted({key for each in flat for key in each} - {"output"})
+    rows = [(key, [each.get(key, "—") for each in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def protocols(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(probe, rows of its protocol) of every score, floors included."""
+    found = [(PROBE_NAMES.get(p, p), r) for p, r in run.results.items() if isinstance(r, dict) and "protocol" in r]
+    for floor, each in run.results.get("floors", {}).items():
+        found += [(f"{FLOOR_ROWS.get(floor, floor)}, {PROBE_NAMES.get(p, p)}", r) for p, r in each.items()]
+    return [(name, [(key, _plain(value)) for key, value in result["protocol"].items()]) for name, result in found]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value)

@@ -1,0 +1,125 @@
+"""A run as it lies on disk: config.yaml, metrics.csv, results.json, bad_samples.jsonl."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from evaluation.errors import EvaluationError
+
+Column = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has written so far.
+
+    `metrics`: column -> values, one per row, NaN where a cell is empty; `bad`: the lines of bad_samples.jsonl.
+    """
+
+    path: Path
+    name: str
+    config_text: str
+    config: dict[str, Any]
+    metrics: dict[str, Column]
+    results: dict[str, Any]
+    bad: list[dict[str, Any]]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the config by its dotted key; `init_args` does not show, as on the command line."""
+        value: Any = self.config
+        for part in key.split("."):
+            if isinstance(value, dict) and part not in value:
+                value = value.get("init_args")
+            if not isinstance(value, dict) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    @property
+    def step(self) -> int:
+        """The last optimiser step in metrics.csv, 0 before the first row."""
+        steps = self.metrics.get("step", np.array([]))
+        return int(steps[-1]) if len(steps) else 0
+
+    @property
+    def max_steps(self) -> int | None:
+        """How long the run is meant to be."""
+        steps = self.get("trainer.max_steps")
+        return steps if isinstance(steps, int) and steps > 0 else None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint, which may not exist yet."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's folder; EvaluationError when there is none, or a file of it is damaged."""
+    if not path.is_dir():
+        raise EvaluationError(f"no such run: {path}")
+    config = path / "config.yaml"
+    if not config.is_file():
+        raise EvaluationError(f"{path} is no trivit run: it has no config.yaml")
+    try:
+        text = config.read_text()
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{config} is not valid YAML: {error}") from error
+    return Run(
+        path=path,
+        name=path.resolve().name,
+        config_text=text,
+        config=values if isinstance(values, dict) else {},
+        metrics=read_metrics(path / "metrics.csv"),
+        results=_read_results(path / "results.json"),
+        bad=_read_lines(path / "bad_samples.jsonl"),
+    )
+
+
+def read_metrics(path: Path) -> dict[str, Column]:
+    """Columns of metrics.csv; a half-written last row is left out, a cell that is empty or no number is NaN."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", errors="replace") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values() and row.get("step", "").isdigit()]
+    names = list(rows[0]) if rows else []
+    return {name: np.array([_number(row[name]) for row in rows]) for name in names}
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return float("nan")
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise EvaluationError(f"{path} is not valid JSON: move it away and evaluate again") from error
+    if not isinstance(results, dict):
+        raise EvaluationError(f"{path} is not a JSON object: move it away and evaluate again")
+    return results
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut by a crash
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found

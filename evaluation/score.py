@@ -1,0 +1,207 @@
+"""`trivit evaluate`: an encoder, labelled train and test images, and out come numbers that carry their protocol."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules.console import table
+from datamodules.open_shards import open_shards
+from datamodules.sidecars import cannot_write, write_aside
+from evaluation.errors import EvaluationError
+from evaluation.features import Features, Featurizer, extract, pick_device
+from evaluation.floors import floors as compute_floors
+from evaluation.labels import check_labelled, match_labels
+from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
+from tasks.encoder_files import checkpoint_hash, load_encoder
+
+NAMES = {"knn": "kNN", "linear": "linear"}
+FLOOR_NAMES = {"untrained": "untrained encoder", "raw_pixels": "raw pixels"}
+
+
+def evaluate(
+    source: str | os.PathLike[str],
+    *,
+    train: str | os.PathLike[str] | None = None,
+    test: str | os.PathLike[str],
+    probes: Sequence[str] = ("knn", "linear"),
+    output: str | os.PathLike[str] | None = None,
+    settings: ProbeSettings | None = None,
+    floors: bool = True,
+    device: str | None = None,
+    batch_size: int = 256,
+    workers: int | None = None,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score an encoder, print a table, and merge the results into `results.json`.
+
+    Args:
+        source: a run's directory, a checkpoint, an export, or `timm:NAME`.
+        train: labelled images to learn from: tars, class folders, or a tar of them.
+        test: labelled images to score on; classes are matched by name, and nothing is chosen on them.
+        probes: `knn`, `linear`.
+        output: folder of results.json; None: the run, or nothing is written when `source` is not (in) a run.
+        settings: of the probes; None: the papers'.
+        floors: score raw pixels and the untrained encoder too (cached per data set).
+        device: None: CUDA if there is one.
+        batch_size: images in a forward pass.
+        workers: loader processes; None: from the cores there are.
+        cache_dir: where features and floors are kept; None: the user's cache ($TRIVIT_CACHE).
+        progress: show progress bars and print the table.
+
+    Returns:
+        What these probes found, as in results.json, in percent:
+        {"knn": {"top1", "top5", "interval", "by_k", "protocol"}, "linear": {...}, "floors": {"raw_pixels": ..., ...}}.
+
+    Raises:
+        EvaluationError, TaskError, DataError: one line, for what the user can repair.
+    """
+    probes = check_probes(probes)
+    if train is None:
+        raise EvaluationError(f"{', '.join(probes)} learn from labelled images: give --train")
+    source = str(source)
+    place = results_file(source, output)
+    encoder = load_encoder(source)
+    config = encoder.config
+    checkpoint = checkpoint_hash(source)
+    device = device or pick_device()
+    settings = replace(settings or ProbeSettings(), device=device)
+    train_root, test_root = open_shards(train), open_shards(test)
+    if progress and train_root.resolve() == test_root.resolve():
+        print("note: train and test are the same images, so the scores say little", file=sys.stderr)
+
+    def read(featurizer: Featurizer, root: Path, cache: Path | None) -> Features:
+        return extract(
+            featurizer, root, device=device, batch_size=batch_size, workers=workers, cache_dir=cache, progress=progress
+        )
+
+    def pair(trained: Features, tested: Features) -> ProbeData:
+        check_labelled(trained.label, "train")
+        check_labelled(tested.label, "test")
+        label, classes = match_labels(trained.classes, trained.label, tested.classes, tested.label)
+        return ProbeData(trained.x, trained.label, tested.x, label, len(classes))
+
+    features = cache_dir / "features" if cache_dir else None
+    trained, tested = read(encoder, train_root, features), read(encoder, test_root, features)
+    data = pair(trained, tested)
+    shared = {
+        "source": source,
+        "checkpoint": checkpoint,
+        "encoder": config.arch,
+        "crop": config.image_size,
+        "resize": config.resize,
+        "interpolation": "bicubic, antialiased; shorter side, then centre crop",
+        "pool": config.pool,
+        "precision": "float32",
+        "train": about_data(trained, train),
+        "test": about_data(tested, test),
+        "classes": data.classes,
+        "majority_class": round(100 * float(np.mean(data.test_label == np.bincount(data.train_label).argmax())), 3),
+        "versions": {"trivit": version("trivit"), "torch": torch.__version__},
+    }
+    results: dict[str, Any] = {}
+    for probe in probes:
+        results[probe] = PROBES[probe](data, settings)
+        results[probe]["protocol"] = shared | results[probe]["protocol"]
+    if floors:
+        found = compute_floors(
+            config, lambda f, aside: pair(read(f, train_root, aside), read(f, test_root, aside)), probes, settings,
+            train_images=len(trained), data_hashes=(trained.data_hash, tested.data_hash),
+            cache_dir=cache_dir / "floors" if cache_dir else None,
+        )  # fmt: skip
+        for result in (result for floor in found.values() for result in floor.values()):
+            drop = ("source", "checkpoint", "encoder", "pool")
+            result["protocol"] = {k: v for k, v in shared.items() if k not in drop} | result["protocol"]
+        results["floors"] = found
+    if place is not None:
+        merge(place, results)
+    if progress:
+        print(summary(results, shared))
+        print(f"results: {place}" if place else "results were not written: give --output to keep them")
+    return results
+
+
+def results_file(source: str | os.PathLike[str], output: str | os.PathLike[str] | None) -> Path | None:
+    """Where results.json goes: `output`, the run, or the run that a checkpoint lies in; None for another source."""
+    if output is not None:
+        if Path(output).is_file():
+            raise EvaluationError(f"--output {output} is a file: name a folder")
+        return Path(output) / "results.json"
+    path = Path(source)
+    for run in (path, path.parent.parent):
+        if not str(source).startswith("timm:") and (run / "config.yaml").is_file():
+            return run / "results.json"
+    return None
+
+
+def merge(place: Path, results: dict[str, Any]) -> None:
+    """Put the results into the file, beside those of other probes that are there already; written aside, renamed."""
+    old: dict[str, Any] = {}
+    if place.exists():
+        try:
+            old = json.loads(place.read_text())
+            if not isinstance(old, dict):
+                raise ValueError
+        except ValueError as error:
+            raise EvaluationError(f"{place} is not a JSON object: move it away and evaluate again") from error
+    kept = old.get("floors")
+    merged_floors = {
+        name: {**(kept.get(name, {}) if isinstance(kept, dict) else {}), **floor}
+        for name, floor in results.get("floors", {}).items()
+    }
+    new = old | results | ({"floors": merged_floors} if merged_floors else {})
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(place, (json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise EvaluationError(cannot_write(place, error)) from error
+
+
+def about_data(features: Features, given: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a protocol says of a data set."""
+    return {
+        "path": str(Path(given).resolve()),
+        "images": len(features),
+        "bad": features.bad,
+        "hash": features.data_hash,
+    }
+
+
+def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
+    """A few lines for the terminal: the scores, and the floors below them."""
+    probes = [name for name in NAMES if name in results]
+
+    def cell(result: Result) -> str:
+        return f"{result['top1']:.1f}"
+
+    header = [
+        "top-1, %",
+        *(NAMES[name] + (f" (k={results[name]['protocol']['k']})" if name == "knn" else "") for name in probes),
+    ]
+    rows = [["this encoder", *(f"{cell(results[p])}" for p in probes)]]
+    rows += [
+        [name, *(cell(results["floors"][floor][p]) for p in probes)]
+        for floor, name in FLOOR_NAMES.items()
+        if floor in results.get("floors", {})
+    ]
+    rows.append(["always the largest class", *(f"{shared['majority_class']:.1f}" for _ in probes)])
+    half = max((r["interval"][1] - r["interval"][0]) / 2 for r in (results[p] for p in probes))
+    counts = f"{shared['train']['images']:,} train and {shared['test']['images']:,} test images"
+    bad = shared["train"]["bad"] + shared["test"]["bad"]
+    return "\n".join(
+        [
+            "",
+            table(header, rows),
+            "",
+            f"{counts}, {shared['classes']} classes; 95% interval about +-{half:.1f}"
+            + (f"; {bad} unreadable images left out" if bad else ""),
+        ]
+    )
