@@ -246,10 +246,10 @@ def _targets(kind: Targets, prototypes: int, momentum: float) -> nn.Module:
 
 @torch.no_grad()
 def init_encoder(encoder: Encoder) -> None:
-    """Fills an encoder as DINO's authors do (truncated normal 0.02, a plain convolution); timm models as timm does."""
-    encoder.init_weights()
+    """Fills an encoder as DINO's authors do (truncated normal 0.02, a plain convolution); timm's stay as built."""
     if encoder.config.timm_name is not None:
         return
+    encoder.init_weights()
     for part in encoder.trunk.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)

@@ -36,7 +36,8 @@ class DINOLoss(nn.Module):
         own = t if own is None else own
         with torch.no_grad():
             everyone = targets.sum(dim=0) if s > own else None
-            others = [reduce(torch.add, [targets[j] for j in range(t) if j != i]) for i in range(own)]
+            none = [torch.zeros_like(targets[0])] if t == 1 else []  # a lone teacher has nothing to say to its own view
+            others = [reduce(torch.add, none or [targets[j] for j in range(t) if j != i]) for i in range(own)]
         goals = [others[i] if i < own else everyone for i in range(s)]
         masses = [float(t - (i < own)) for i in range(s)]
         weight = torch.full((b,), 1 / (sum(masses) * b), dtype=targets.dtype, device=student.device)

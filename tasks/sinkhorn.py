@@ -13,7 +13,7 @@ class SinkhornKnopp(nn.Module):
     """Targets whose prototypes are used about equally often by the rows of all ranks together. It has no state.
 
     Args:
-        iterations: rounds of normalising prototypes, then rows.
+        iterations: rounds of normalising prototypes, then rows; at least 1.
     """
 
     def __init__(self, iterations: int = 3) -> None:
@@ -24,23 +24,24 @@ class SinkhornKnopp(nn.Module):
     def forward(self, logits: Tensor, temp: float) -> Tensor:
         """Collective: teacher logits [... k] -> targets [... k], float32; ranks may hold different numbers of rows.
 
-        With M = exp(logits / temp) the result is diag(a) M diag(c): only the vectors a [r] and c [k] are iterated, by
-        matrix-vector products. Every row of M is divided by its largest entry, which a brings back, so that nothing
-        overflows. Factors that all rows share (number of rows, number of prototypes, total mass) cancel and are left
-        out.
+        Factors that all rows share (number of rows, number of prototypes, total mass) cancel and are left out.
         """
         with torch.autocast(logits.device.type, enabled=False):
-            return self._assign(logits, temp)
+            matrix = _first_round(logits.flatten(0, -2).float() / temp)
+            # The result is diag(rows) matrix diag(columns): only two vectors change, by matrix-vector products.
+            rows, columns = matrix.new_ones(len(matrix)), matrix.new_ones(matrix.shape[1])
+            tiny = torch.finfo(torch.float32).tiny  # of a prototype that no row comes near
+            for _ in range(self.iterations - 1):
+                mass = sum_over_ranks_(matrix.T @ rows)
+                columns = (mass / mass.mean()).clamp_(min=tiny).reciprocal_()  # relative, so that rows do not drift
+                rows = (matrix @ columns).reciprocal_()
+            return matrix.mul_(rows[:, None]).mul_(columns).view(logits.shape)
 
-    def _assign(self, logits: Tensor, temp: float) -> Tensor:
-        scaled = logits.flatten(0, -2).float() / temp
-        largest = scaled.amax(dim=1, keepdim=True)
-        matrix = scaled.sub_(largest).exp_()
-        top = largest.max() if len(largest) else largest.new_tensor(-torch.inf)  # a rank may have no hidden patch
-        rows = (largest[:, 0] - max_over_ranks_(top)).exp_()
-        tiny = torch.finfo(torch.float32).tiny  # a prototype that no row comes near
-        columns = rows.new_empty(0)
-        for _ in range(self.iterations):
-            columns = sum_over_ranks_(matrix.T @ rows).clamp_(min=tiny).reciprocal_()
-            rows = (matrix @ columns).reciprocal_()
-        return matrix.mul_(rows[:, None]).mul_(columns).view(logits.shape)
+
+def _first_round(scaled: Tensor) -> Tensor:
+    """exp(scaled [r k]) after one round, in place; by logarithms, since nothing bounds the exponents before."""
+    largest = scaled.amax(dim=0) if len(scaled) else scaled.new_full(scaled.shape[1:], -torch.inf)
+    largest = max_over_ranks_(largest)
+    columns = sum_over_ranks_((scaled - largest).exp_().sum(dim=0)).log_().add_(largest)
+    scaled.sub_(columns)
+    return scaled.sub_(scaled.logsumexp(dim=1, keepdim=True)).exp_()

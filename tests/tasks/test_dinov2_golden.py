@@ -49,7 +49,7 @@ def test_koleo(golden: Golden) -> None:
 def test_dino(golden: Golden, targets: str) -> None:
     c, given, want = golden.config, golden.group("in.dino."), golden.group(f"out.dino.{targets}.")
     tolerance = EXACT if targets == "centering" else SINGLE
-    views, b, _ = given["teacher_logits"].shape
+    views, _, _ = given["teacher_logits"].shape
     if targets == "centering":
         centering, probs = centered(c, given["teacher_logits"])
         assert off(centering.center, want["center_after_next_use"]) < EXACT
