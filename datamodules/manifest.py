@@ -4,12 +4,13 @@
 that is cut or gone keeps its place in it, so that the loader misses the lost samples and counts them.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from datamodules.errors import DataError
 from datamodules.sidecars import read_sidecar, write_sidecar
-from datamodules.tar_index import ShardIndex, cannot_read, read_index
+from datamodules.tar_index import ROWS, ShardIndex, cannot_read, read_index
 from datamodules.workers import Tick, spread
 
 FORMAT = 1
@@ -101,7 +102,7 @@ class Manifest:
 def describe_shard(index: ShardIndex) -> Shard:
     """The manifest's entry for one indexed tar."""
     digest = hashlib.sha256(json.dumps(index.extensions).encode())
-    for name in ("first", "extension", "offset", "size", "key_end", "keys"):
+    for name in ROWS:
         digest.update(index.arrays[name].tobytes())
     return Shard(Path(index.path).name, len(index), index.tar_bytes, digest.hexdigest()[:32], len(index.findings))
 
@@ -115,20 +116,25 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
         DataError: when there is no such folder, no tar in it, no sample in the tars, or the set is unfinished.
     """
     root = Path(root)
-    sizes = list_tars(root)
-    for _, data in read_sidecar(root / MANIFEST):
-        try:
+    tars = list_tars(root)
+    former = None
+    for place, data in read_sidecar(root / MANIFEST):
+        with contextlib.suppress(ValueError, OSError):
             manifest = Manifest.from_bytes(root, data)
-        except ValueError:
-            continue
-        if _holds(manifest, sizes):
-            return manifest
-    return build_manifest(root, sorted(sizes))
+            if _holds(manifest, place, tars):
+                return manifest
+            former = former or manifest
+    manifest = build_manifest(root, sorted(tars), former.classes if former else ())
+    if former:
+        log.warning("%s: the tars have changed: %d samples, before %d", root, manifest.num_samples, former.num_samples)
+    return manifest
 
 
-def build_manifest(root: Path, names: Iterable[str]) -> Manifest:
-    """Index the tars `names` in `root` as far as necessary and write the manifest; `classes.txt` names the classes."""
-    names = list(names)
+def build_manifest(root: Path, names: Sequence[str], classes: tuple[str, ...] = ()) -> Manifest:
+    """Index the tars `names` in `root` as far as necessary and write the manifest.
+
+    Names of classes are in `classes.txt` beside the tars, one on each line, or else given.
+    """
     paths = [root / name for name in names]
     described: dict[str, Shard] = {}
     members = Counter[str]()
@@ -137,12 +143,17 @@ def build_manifest(root: Path, names: Iterable[str]) -> Manifest:
         for path, (shard, counts) in spread(_index_shard, paths, workers=workers, tick=bar.update):
             described[path.name] = shard
             members += counts
-    shards = [described[name] for name in names]
+    shards = tuple(described[name] for name in names)
     if not sum(shard.samples for shard in shards):
         raise DataError(f"{root}: its {len(names)} tars hold no samples (files called KEY.EXTENSION)")
-    listed = root / CLASSES
-    classes = listed.read_text("utf-8").splitlines() if listed.is_file() else ()
-    manifest = Manifest(root, tuple(shards), tuple(classes), dict(sorted(members.items())))
+    if (root / CLASSES).is_file():
+        try:
+            classes = tuple((root / CLASSES).read_text("utf-8").splitlines())
+        except OSError as error:
+            raise DataError(cannot_read(root / CLASSES, error)) from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{root / CLASSES} is not UTF-8 text: one class name on each line is needed") from error
+    manifest = Manifest(root, shards, classes, dict(sorted(members.items())))
     write_sidecar(root / MANIFEST, manifest.to_bytes())
     return manifest
 
@@ -154,20 +165,20 @@ def _index_shard(path: Path, tick: Tick) -> tuple[Shard, Counter[str]]:
     return describe_shard(index), index.extension_counts()
 
 
-def list_tars(root: Path) -> dict[str, int]:
-    """File name -> bytes of every tar in a folder; DataError as in `load_manifest`."""
+def list_tars(root: Path) -> dict[str, os.stat_result]:
+    """File name -> size and times of every tar in a folder; DataError as in `load_manifest`."""
     try:
         with os.scandir(root) as entries:
             files = {entry.name: entry for entry in entries}
         if UNFINISHED in files:
             raise DataError(f"{root} is unfinished: run the command that began it again ({_begun_by(root)})")
-        sizes = {
-            name: entry.stat().st_size
+        tars = {
+            name: entry.stat()
             for name, entry in files.items()
             if name.endswith(".tar") and not name.startswith(".") and entry.is_file()
         }
-        if sizes:
-            return sizes
+        if tars:
+            return tars
         below = sorted(name for name, entry in files.items() if entry.is_dir() and any(Path(entry.path).glob("*.tar")))
     except NotADirectoryError as error:
         raise DataError(f"{root} is not a folder: give the folder that holds the tars") from error
@@ -185,22 +196,33 @@ def _begun_by(root: Path) -> str:
         return "which one is not known: delete the folder"
 
 
-def _holds(manifest: Manifest, sizes: dict[str, int]) -> bool:
+def _holds(manifest: Manifest, place: Path, tars: dict[str, os.stat_result]) -> bool:
     """Whether a manifest still describes the folder, apart from damage, which is told but changes nothing."""
     listed = {shard.name: shard for shard in manifest.shards}
-    if set(sizes) - set(listed):
+    if set(tars) - set(listed):
         return False
-    cut, gone = [], sorted(set(listed) - set(sizes))
-    for name, size in sizes.items():
-        if size != listed[name].bytes:
+    made = place.stat().st_mtime_ns
+    cut, gone = [], sorted(set(listed) - set(tars))
+    newer = False
+    for name, tar in tars.items():
+        whole = tar.st_size == listed[name].bytes
+        newer = newer or tar.st_mtime_ns > made
+        if not whole or tar.st_mtime_ns > made:
             if describe_shard(read_index(manifest.root / name)).digest != listed[name].digest:
                 return False
-            cut.append(name)
-    about = [f"{len(names)} of {len(listed)} shards {what} (first: {names[0]})"
-             for names, what in ((gone, "are missing"), (cut, "were cut off")) if names]  # fmt: skip
+            if not whole:
+                cut.append(name)
+    about = [
+        f"{len(names)} of {len(listed)} shards {what} (first: {names[0]})"
+        for names, what in ((gone, "are missing"), (cut, "were cut off"))
+        if names
+    ]
     if about:
         log.warning(
             "%s: %s since %s was written. Their samples count as bad; if this is meant, delete %s",
             manifest.root, " and ".join(about), MANIFEST, MANIFEST,
         )  # fmt: skip
+    elif newer:
+        with contextlib.suppress(OSError):
+            os.utime(place)  # the tars were only copied or touched: no need to look again
     return True

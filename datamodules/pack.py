@@ -15,7 +15,7 @@ from tqdm import tqdm
 from datamodules.captions import captions_of, read_captions
 from datamodules.console import one_line, tell
 from datamodules.errors import DataError
-from datamodules.manifest import Manifest
+from datamodules.manifest import MANIFEST, UNFINISHED, Manifest
 from datamodules.pack_plan import Job, default_samples_per_shard, plan
 from datamodules.pack_shard import Packed, pack_shard
 from datamodules.shard_writer import LOCK, begin_set, finish_set, note_progress, remove_leftovers
@@ -32,8 +32,9 @@ def pack(
 ) -> Manifest:  # fmt: skip
     """Pack class folders, a flat folder, or a tar of either into shuffled shards in the folder `dst`.
 
-    Interrupted, the same call goes on where it stopped. The bytes of the images stay as they are unless `resize` is
-    given; those that cannot be decoded are left out, counted, and listed in `skipped.tsv`. Says on stderr what it does.
+    Interrupted, the same call goes on where it stopped; finished, it does nothing. The bytes of the images stay as they
+    are unless `resize` is given; those that cannot be decoded are left out, counted, and listed in `skipped.tsv`.
+    Says on stderr what it does.
 
     Args:
         src: the images; folders above all of them mean nothing, the next ones are the classes.
@@ -69,6 +70,9 @@ def pack(
         f"pack {source.path.name} resize={resize} quality={quality if resize else None} "
         f"samples_per_shard={samples_per_shard} images={len(source.images)} content={_digest(source, texts)}"
     )
+    if (before := _finished(dst)) and before.made_by == made_by:
+        tell(f"{dst}: holds these {before.num_samples} samples already, nothing to do")
+        return before
     notes = begin_set(dst, made_by)
     try:
         with locked(dst / LOCK, wait=False):
@@ -130,6 +134,18 @@ def _finish(dst: Path, source: Source, packed: Sequence[Packed], made_by: str) -
     megabytes = sum(shard.bytes for shard in shards) / 1e6
     tell(f"{dst}: {manifest.num_samples} samples, {labelled}, {len(shards)} shards, {megabytes:.1f} MB")
     return manifest
+
+
+def _finished(dst: Path) -> Manifest | None:
+    """The manifest of a finished set in `dst`, if there is one that is whole."""
+    try:
+        if (dst / UNFINISHED).exists():
+            return None
+        manifest = Manifest.from_bytes(dst, (dst / MANIFEST).read_bytes())
+        whole = all(manifest.path(i).stat().st_size == shard.bytes for i, shard in enumerate(manifest.shards))
+    except (OSError, ValueError):
+        return None
+    return manifest if whole else None
 
 
 def _digest(source: Source, texts: list[list[str]]) -> str:

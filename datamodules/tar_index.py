@@ -1,9 +1,6 @@
-"""The index of a shard: where each sample's members lie in its tar, kept in a sidecar so that a tar is walked once.
+"""The index of a shard: where each sample's members lie in its tar, kept in a sidecar so that a tar is walked once."""
 
-A sample is a run of neighbouring members with one key, as in webdataset: `a/b.mask.png` has the key `a/b` (up to the
-first dot of the base name) and the extension `mask.png` (the rest, in lower case).
-"""
-
+import contextlib
 import json
 import os
 import stat
@@ -18,13 +15,17 @@ from safetensors.numpy import load, save
 
 from datamodules.errors import DataError
 from datamodules.sidecars import read_sidecar, write_sidecar
+from datamodules.tar_samples import PLAIN_IMAGES, Finding, Findings, group_members, note_odd_names
 from datamodules.tar_walk import walk_tar
 
 FORMAT = 1
 INDEX_SUFFIX = ".idx"
-PLAIN_IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
-_MOST_FINDINGS = 1000
-_ORDINARY = bytes(range(0x20, 0x7F)).replace(b"\\", b"") + bytes(range(0x80, 0x100))
+ROWS = ("first", "extension", "offset", "size", "key_end", "keys")
+"""The arrays that say which samples lie where, without the checksums."""
+__all__ = [
+    "INDEX_SUFFIX", "PLAIN_IMAGES", "ROWS", "Finding", "Member", "ShardIndex", "cannot_read", "open_tar", "read_index",
+    "scan_tar",
+]  # fmt: skip
 
 
 class Member(NamedTuple):
@@ -33,15 +34,6 @@ class Member(NamedTuple):
     offset: int
     size: int
     crc32: int | None
-
-
-class Finding(NamedTuple):
-    """Something wrong: in which shard, under which key (empty: the shard itself), of which kind, and what exactly."""
-
-    shard: str
-    key: str
-    kind: str
-    detail: str
 
 
 class ShardIndex:
@@ -109,6 +101,12 @@ class ShardIndex:
             for mine, theirs in ((self._offset, other._offset), (self._size, other._size))
         )
 
+    def same_members(self, other: "ShardIndex") -> bool:
+        """Whether both have the same samples at the same places."""
+        return self.extensions == other.extensions and all(
+            np.array_equal(self.arrays[name], other.arrays[name]) for name in ROWS
+        )
+
     def to_bytes(self) -> bytes:
         """The sidecar file: safetensors with one JSON text as metadata; the same bytes for the same index."""
         about = {"format": FORMAT, "tar_bytes": self.tar_bytes, "extensions": self.extensions,
@@ -139,21 +137,22 @@ def scan_tar(path: str | os.PathLike[str]) -> ShardIndex:
     fd = open_tar(path)
     try:
         tar_bytes = os.fstat(fd).st_size
-        findings = _Findings(Path(path).name)
+        findings = Findings(Path(path).name)
         if tar_bytes == 0:
             findings.note("empty file", "", "0 bytes")
         walk = walk_tar(fd, tar_bytes, findings.note)
     finally:
         os.close(fd)
-    _note_odd_names(walk.names, findings)
-    extensions, arrays = _group(walk.names, walk.offsets, walk.sizes, findings)
+    note_odd_names(walk.names, findings)
+    extensions, arrays = group_members(walk.names, walk.offsets, walk.sizes, findings)
     return ShardIndex(path, tar_bytes, extensions, arrays, findings.all())
 
 
 def read_index(tar_path: str | os.PathLike[str]) -> ShardIndex:
-    """The index of a tar from its sidecar `NAME.tar.idx`, which is made when it is missing or the tar's size differs.
+    """The index of a tar from its sidecar `NAME.tar.idx`, made anew when it is missing or the tar is another one.
 
-    A tar that was cut keeps its old index, so that the lost samples are missed instead of forgotten.
+    A tar of another size is another one, and a newer one may be. But one that was cut keeps its old index, so that the
+    lost samples are missed instead of forgotten.
 
     Raises:
         DataError: as `scan_tar`, or when the sidecar can be written nowhere.
@@ -161,25 +160,26 @@ def read_index(tar_path: str | os.PathLike[str]) -> ShardIndex:
     tar_path = os.fspath(tar_path)
     sidecar = Path(tar_path + INDEX_SUFFIX)
     try:
-        tar_bytes = Path(tar_path).stat().st_size
+        tar = Path(tar_path).stat()
     except OSError as error:
         raise DataError(cannot_read(tar_path, error)) from error
-    former = []
-    for _, data in read_sidecar(sidecar):
-        try:
-            former.append(ShardIndex.from_bytes(tar_path, data))
-        except ValueError:
-            continue
-        if former[-1].tar_bytes == tar_bytes:
-            return former[-1]
+    former: list[tuple[Path, ShardIndex]] = []
+    for place, data in read_sidecar(sidecar):
+        with contextlib.suppress(ValueError, OSError):
+            index = ShardIndex.from_bytes(tar_path, data)
+            if index.tar_bytes == tar.st_size and place.stat().st_mtime_ns >= tar.st_mtime_ns:
+                return index
+            former.append((place, index))
     index = scan_tar(tar_path)
-    for old in former:
-        if old.tar_bytes > tar_bytes and old.begins_like(index):
-            lost = Finding(
-                Path(tar_path).name, "", "truncated", f"{tar_bytes} bytes are left of {old.tar_bytes}, "
-                f"and {len(index)} samples of {len(old)}",
-            )  # fmt: skip
-            return ShardIndex(tar_path, tar_bytes, old.extensions, old.arrays, (*old.findings, lost))
+    for place, old in former:
+        if old.tar_bytes == index.tar_bytes and old.same_members(index):
+            with contextlib.suppress(OSError):
+                os.utime(place)  # the tar was only copied or touched: no need to look again
+            return old
+        if old.tar_bytes > index.tar_bytes and old.begins_like(index):
+            detail = f"{index.tar_bytes} bytes are left of {old.tar_bytes}, {len(index)} samples of {len(old)}"
+            lost = Finding(Path(tar_path).name, "", "truncated", detail)
+            return ShardIndex(tar_path, index.tar_bytes, old.extensions, old.arrays, (*old.findings, lost))
     write_sidecar(sidecar, index.to_bytes())
     return index
 
@@ -207,123 +207,3 @@ def cannot_read(path: str | os.PathLike[str], error: OSError) -> str:
         NotADirectoryError: "does not exist (a part of this path is a file)",
     }
     return f"{os.fspath(path)} {reasons.get(type(error), f'cannot be read: {error.strerror or error}')}"
-
-
-class _Findings:
-    """Collects findings of one shard, up to a number that a person would still read."""
-
-    def __init__(self, shard: str) -> None:
-        self.shard = shard
-        self.found: list[Finding] = []
-        self.more: Counter[str] = Counter()
-
-    def note(self, kind: str, key: str, detail: str) -> None:
-        if len(self.found) < _MOST_FINDINGS:
-            self.found.append(Finding(self.shard, key, kind, detail))
-        else:
-            self.more[kind] += 1
-
-    def all(self) -> tuple[Finding, ...]:
-        rest = (Finding(self.shard, "", kind, f"and {n} more of this kind") for kind, n in self.more.items())
-        return (*self.found, *rest)
-
-
-def _note_odd_names(names: list[bytes], findings: _Findings) -> None:
-    """Names that would leave the folder, or that no terminal should print; their samples stay."""
-    blob = b"\0" + b"\0".join(names) + b"\0"
-    try:
-        blob.decode()
-        if b".." not in blob and b"\0/" not in blob and len(blob.translate(None, _ORDINARY)) == len(names) + 1:
-            return
-    except UnicodeDecodeError:
-        pass
-    for name in names:
-        text = name.decode("utf-8", "backslashreplace")
-        if name.startswith(b"/") or b".." in name.split(b"/"):
-            findings.note("unsafe name", text, "points outside of the folder; only a name here, never written to disk")
-        elif name.translate(None, _ORDINARY):
-            findings.note("odd name", text.encode("unicode_escape").decode(), "control characters or backslashes")
-        elif text.encode() != name:
-            findings.note("odd name", text, "not UTF-8")
-
-
-def _group(
-    names: list[bytes], offsets: list[int], sizes: list[int], findings: _Findings
-) -> tuple[tuple[str, ...], dict[str, NDArray[Any]]]:
-    """Members to samples: neighbours of one key belong together."""
-    ids: dict[bytes, int] = {}  # extension as spelt -> number
-    numbers: dict[bytes, int] = {}  # extension in lower case -> number
-    keys: list[bytes] = []
-    first: list[int] = []
-    extension: list[int] = []
-    skipped: list[int] = []
-    key = b""
-    for i, name in enumerate(names):
-        slash = name.rfind(b"/")
-        dot = name.find(b".", slash + 1)
-        if dot < slash + 2 or (name[:2] == b"__" and _is_meta(name)):
-            skipped.append(i)
-            continue
-        spelt = name[dot + 1 :]
-        number = ids.get(spelt)
-        if number is None:
-            number = ids[spelt] = numbers.setdefault(spelt.lower(), len(numbers))
-        if name[:dot] != key:
-            key = name[:dot]
-            keys.append(key)
-            first.append(len(extension))
-        extension.append(number)
-    first.append(len(extension))
-    for i in skipped:
-        if not _is_meta(names[i]):
-            findings.note("no sample", _text(names[i]), "its name is not KEY.EXTENSION")
-    arrays: dict[str, NDArray[Any]] = {
-        "first": np.array(first, np.uint32),
-        "extension": np.array(extension, np.uint32),
-        "offset": np.delete(np.array(offsets, np.int64), skipped),
-        "size": np.delete(np.array(sizes, np.int64), skipped),
-        "key_end": np.cumsum(np.fromiter(map(len, keys), np.uint32, len(keys)), dtype=np.uint32),
-        "keys": np.frombuffer(b"".join(keys), np.uint8),
-    }
-    extensions = tuple(map(_text, numbers))
-    if len(set(keys)) < len(keys):
-        counted = Counter(keys)
-        for key in dict.fromkeys(key for key in keys if counted[key] > 1):
-            findings.note("repeated key", _text(key), f"{counted[key]} samples have it")
-    if len(keys) < len(extension):
-        _first_of_each(extensions, arrays, keys, findings)
-    return extensions, arrays
-
-
-def _first_of_each(
-    extensions: tuple[str, ...], arrays: dict[str, NDArray[Any]], keys: list[bytes], findings: _Findings
-) -> None:
-    """Note samples with two members of one extension, or two plain images, and keep the first of the former.
-
-    Two images under one key are usually two samples that lost theirs: `7.a.jpg` and `7.b.jpg` have the key `7`.
-    """
-    sample = np.repeat(np.arange(len(keys)), np.diff(arrays["first"].astype(np.int64)).astype(np.int64))
-    pair = sample * len(extensions) + arrays["extension"]
-    kept = np.sort(np.unique(pair, return_index=True)[1])
-    if len(kept) < len(pair):
-        for i in np.setdiff1d(np.arange(len(pair)), kept):
-            again = extensions[arrays["extension"][i]]
-            kind = "two images" if again in PLAIN_IMAGES else "repeated member"
-            findings.note(kind, _text(keys[sample[i]]), f"a second .{again} under one key; the first is used")
-        arrays |= {name: arrays[name][kept] for name in ("extension", "offset", "size")}
-        sample = sample[kept]
-        arrays["first"] = np.searchsorted(sample, np.arange(len(keys) + 1)).astype(np.uint32)
-    plain = np.array([extension in PLAIN_IMAGES for extension in extensions])[arrays["extension"]]
-    for i in np.flatnonzero(np.bincount(sample[plain], minlength=1) > 1):
-        findings.note("two images", _text(keys[i]), "under one key; the first is used")
-
-
-def _is_meta(name: bytes) -> bool:
-    """Names like __this__ and what lies below them, which webdataset passes over."""
-    head = name.split(b"/")[0]
-    return len(head) > 4 and head.startswith(b"__") and head.endswith(b"__")
-
-
-def _text(name: bytes) -> str:
-    """A name as text that can always be printed."""
-    return name.decode("utf-8", "backslashreplace")

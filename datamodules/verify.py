@@ -31,21 +31,23 @@ def verify(root: str | os.PathLike[str], *, workers: int | None = None) -> list[
         DataError: when there is no such folder, no tar in it, or the set is unfinished.
     """
     root = Path(root)
-    sizes = list_tars(root)
+    tars = list_tars(root)
     findings, manifest = _stored_manifest(root)
     listed = {shard.name: shard for shard in manifest.shards} if manifest else {}
     classes = len(manifest.classes) if manifest else 0
-    for name in sorted(set(listed) - set(sizes)):
+    for name in sorted(set(listed) - set(tars)):
         detail = f"with {listed[name].samples} samples; {MANIFEST} lists it"
         findings.append(Finding(name, "", "missing shard", detail))
     if manifest:
         findings += [
-            Finding(name, "", "differs from manifest", "not listed") for name in sorted(set(sizes) - set(listed))
+            Finding(name, "", "differs from manifest", "not listed") for name in sorted(set(tars) - set(listed))
         ]
     import_module("datamodules.decode")  # once here, so that no worker has to import torch for itself
-    tasks = [ShardToVerify(root / name, listed.get(name), classes) for name in sorted(sizes)]
+    tasks = [ShardToVerify(root / name, listed.get(name), classes) for name in sorted(tars)]
     verified: dict[str, VerifiedShard] = {}
-    with tqdm(total=sum(sizes.values()), desc="verifying", unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        total=sum(tar.st_size for tar in tars.values()), desc="verifying", unit="B", unit_scale=True, disable=None
+    ) as bar:
         for task, result in spread(verify_shard, tasks, workers=workers, tick=bar.update):
             verified[task.path.name] = result
     for name in sorted(verified):
@@ -61,12 +63,18 @@ def verify_command(root: str | os.PathLike[str]) -> int:
     if not findings:
         tell(f"{root}: clean")
         return 0
-    shown = findings[:_MOST_ROWS]
+    counts = Counter(finding.kind for finding in findings)
+    most = max(1, _MOST_ROWS // len(counts))  # so that one frequent kind does not hide the others
+    seen = Counter[str]()
+    shown = []
+    for finding in findings:
+        seen[finding.kind] += 1
+        if seen[finding.kind] <= most:
+            shown.append(finding)
     print(table(("shard", "key", "what", "detail"), shown))
     if len(findings) > len(shown):
         print(f"... and {len(findings) - len(shown)} more")
-    print()
-    print(table(("what", "count"), Counter(finding.kind for finding in findings).most_common()))
+    print(f"\n{table(('what', 'count'), counts.most_common())}")
     return 1
 
 

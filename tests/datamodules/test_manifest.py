@@ -69,6 +69,38 @@ def test_new_and_replaced_shards_make_it_anew(foreign: Path) -> None:
     assert len({first.hash, second.hash, third.hash}) == 3
 
 
+def test_replaced_by_one_of_the_same_size(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (foreign / "classes.txt").write_text("a\nb\n")
+    first = load_manifest(foreign)
+    (foreign / "classes.txt").unlink()
+    path = foreign / "part-1.tar"
+    size = path.stat().st_size
+    write_tar(path, [(f"new{i}.jpg", b"12345") for i in range(3)])
+    os.truncate(path, size)
+    second = load_manifest(foreign)
+    assert (second.num_samples, second.classes) == (25, first.classes)
+    assert second.hash != first.hash
+    assert "the tars have changed: 25 samples, before 33" in caplog.text
+    assert read_index(path).key(2) == "new2"
+
+
+def test_touched_tars_are_looked_at_once(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_manifest(foreign)
+    for path in foreign.glob("*.tar"):
+        path.touch()
+    assert load_manifest(foreign) == first
+    monkeypatch.setattr("datamodules.manifest.read_index", lambda path: pytest.fail(f"opened {path}"))
+    monkeypatch.setattr("datamodules.tar_index.scan_tar", lambda path: pytest.fail(f"walked {path}"))
+    assert load_manifest(foreign) == first
+    assert len(read_index(foreign / "part-0.tar")) == 10
+
+
+def test_a_classes_file_that_is_no_text(foreign: Path) -> None:
+    (foreign / "classes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="is not UTF-8 text: one class name on each line"):
+        load_manifest(foreign)
+
+
 def test_cut_and_missing_shards_keep_their_place(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = load_manifest(foreign)
     os.truncate(foreign / "part-1.tar", 3000)

@@ -203,12 +203,17 @@ def test_other_settings_do_not_continue(folders: Path, tmp_path: Path, monkeypat
         pack(folders, tmp_path / "set", samples_per_shard=8, workers=1)
 
 
-def test_sets_are_not_mixed(folders: Path, tmp_path: Path) -> None:
-    pack(folders, tmp_path / "set", workers=1)
+def test_sets_are_not_mixed(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = pack(folders, tmp_path / "set", workers=1)
     before = files(tmp_path / "set")
     with pytest.raises(DataError, match="already holds shards"):
-        pack(folders, tmp_path / "set", workers=1)
+        pack(folders, tmp_path / "set", workers=1, resize=10)
+    assert pack(folders, tmp_path / "set", workers=1) == first
     assert files(tmp_path / "set") == before
+    assert "holds these 60 samples already, nothing to do" in capsys.readouterr().err
+    os.truncate(tmp_path / "set" / first.shards[0].name, 3000)
+    with pytest.raises(DataError, match="already holds shards"):
+        pack(folders, tmp_path / "set", workers=1)
 
 
 def test_bad_values_and_places(folders: Path, tmp_path: Path) -> None:

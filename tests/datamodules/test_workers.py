@@ -62,7 +62,7 @@ def test_a_killed_worker_is_an_error_not_a_hang() -> None:
 def test_workers_end_when_their_parent_is_killed() -> None:
     code = (
         "import os, time\nfrom datamodules.workers import spread\n"
-        "def work(task, tick):\n    print(os.getpid(), flush=True)\n    time.sleep(1)\n    tick(1)\n"
+        "def work(task, tick):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(1)\n    tick(1)\n"
         "list(spread(work, range(100), workers=3, tick=int))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
