@@ -188,3 +188,29 @@ def test_hostile_extension_headers(tmp_path: Path) -> None:
     result, notes = walk(tmp_path / "a.tar")
     assert result.names == [b"real.jpg"]
     assert [kind for kind, *_ in notes] == ["corrupt header", "corrupt header"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_to_the_bytes_it_ends_and_stays_inside(tmp_path: Path, seed: int) -> None:
+    pick = random.Random(seed)
+    members = [*random_members(seed, 12, 1500), ("x" * 150 + ".jpg", b"long"), ("grün.jpg", b"pax")]
+    form = pick.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    data = write_tar(tmp_path / "a.tar", members, format=form).read_bytes()
+    for _ in range(20):
+        damaged = bytearray(data)
+        for _ in range(pick.randrange(1, 6)):
+            at = pick.randrange(len(data) // 512) * 512 + pick.randrange(512)
+            match pick.randrange(4):
+                case 0:
+                    damaged[at] = pick.randrange(256)
+                case 1:
+                    damaged[at : at + 512] = pick.randbytes(512)
+                case 2:
+                    del damaged[at:]
+                    break
+                case 3:
+                    damaged[at:at] = bytes(pick.randrange(1024))
+        (tmp_path / "a.tar").write_bytes(damaged)
+        result, notes = walk(tmp_path / "a.tar")
+        assert all(offset >= 0 and offset + size <= len(damaged) for _, offset, size in zip(*result, strict=True))
+        assert notes or len(result.names) == 14
