@@ -174,7 +174,7 @@ def _pretrain(_: argparse.Namespace, rest: list[str]) -> int | None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
-    from evaluation.evaluate import evaluate
+    from evaluation import evaluate
 
     evaluate(
         arguments.source,
