@@ -17,9 +17,10 @@ def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Compute (pixel / 255 - mean) / std for each channel: uint8 [b c h w] -> `dtype` [b c h w], contiguous."""
-    offset, factor = _constants(tuple(mean), tuple(std), images.device, dtype)
-    out = torch.empty(images.shape, dtype=dtype, device=images.device)
-    return torch.sub(images, offset, out=out).mul_(factor)
+    computed_in = torch.promote_types(dtype, torch.float32)  # half precision only holds the result well
+    offset, factor = _constants(tuple(mean), tuple(std), images.device, computed_in)
+    # In place: on a CPU most of the time goes into memory that was never touched before.
+    return images.to(computed_in, memory_format=torch.contiguous_format).sub_(offset).mul_(factor).to(dtype)
 
 
 @lru_cache(maxsize=16)

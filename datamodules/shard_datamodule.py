@@ -41,7 +41,9 @@ class ShardDataModule(LightningDataModule):
         workers: loader processes of a rank; 0 loads in the main process, None goes by the cores.
         bad_sample_budget: largest share of samples that may be bad before the run stops.
         mean, std: of the pixels, for normalisation, in [0, 1].
-        resume_anyway: go on from a checkpoint although data, seed, global batch, lanes or window differ from its own.
+
+    Attributes to set before fitting: `bad_samples_file` names the bad samples, and with `allow_changes` a checkpoint of
+    another order (data, seed, global batch, lanes or window) is taken.
 
     Raises:
         DataError: here or in `setup`, for numbers that do not fit each other, the data or the Trainer.
@@ -50,7 +52,7 @@ class ShardDataModule(LightningDataModule):
     def __init__(
         self, train: str, recipe: Recipe, global_batch_size: int, device_batch_size: int = 256, seed: int = 0,
         lanes: int | None = None, window: int = 4, workers: int | None = None, bad_sample_budget: float = 0.01,
-        mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD, resume_anyway: bool = False,
+        mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("global_batch_size", global_batch_size), ("device_batch_size", device_batch_size)):
@@ -64,8 +66,9 @@ class ShardDataModule(LightningDataModule):
         self.train, self.recipe = train, recipe
         self.global_batch_size, self.device_batch_size = global_batch_size, device_batch_size
         self.seed, self.lanes, self.window, self.workers = seed, lanes, window, workers
-        self.bad_sample_budget, self.mean, self.std, self.resume_anyway = bad_sample_budget, mean, std, resume_anyway
+        self.bad_sample_budget, self.mean, self.std = bad_sample_budget, mean, std
         self.bad_samples_file: Path | None = None
+        self.allow_changes = False
         self.bad_samples: BadSamples | None = None
         self._order: Order | None = None
         self._manifest: Manifest | None = None
@@ -131,23 +134,32 @@ class ShardDataModule(LightningDataModule):
         if trainer.max_steps < 1:
             raise DataError("the length of the run is unknown: set trainer.max_steps (optimiser steps)")
         _match_batch_count(trainer, trainer.global_step * layout.accumulate)
-        on_accelerator = trainer.strategy.root_device.type != "cpu"
-        workers = self.workers
-        if workers is None:
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
-            workers = default_workers(local_ranks, on_accelerator=on_accelerator)
-        shards = -(-self.order.lanes // trainer.world_size) * (self.window + 1)
         self.bad_samples = BadSamples(
             self.bad_samples_file, self.bad_sample_budget, self.manifest.num_samples, self.manifest.root
         )
-        stream = TrainStream(
-            self.order, ShardReader(self.manifest, open_shards=max(64, shards)), self.recipe,
-            rank=trainer.global_rank, world_size=trainer.world_size, accumulate=layout.accumulate,
-        )  # fmt: skip
         return StepLoader(
-            stream, start=trainer.global_step * layout.accumulate, stop=trainer.max_steps * layout.accumulate,
-            workers=workers, pin_memory=trainer.strategy.root_device.type == "cuda", bad_samples=self.bad_samples,
+            self.stream(trainer.world_size, trainer.global_rank), start=trainer.global_step * layout.accumulate,
+            stop=trainer.max_steps * layout.accumulate, workers=self.num_workers,
+            pin_memory=trainer.strategy.root_device.type == "cuda", bad_samples=self.bad_samples,
         )  # fmt: skip
+
+    def stream(self, world_size: int = 1, rank: int = 0) -> TrainStream:
+        """Micro-batches of one rank by number, without a Trainer."""
+        shards_at_once = -(-self.order.lanes // world_size) * (self.window + 1)
+        reader = ShardReader(self.manifest, open_shards=max(64, shards_at_once))
+        return TrainStream(
+            self.order, reader, self.recipe, rank=rank, world_size=world_size,
+            accumulate=self.layout(world_size).accumulate,
+        )  # fmt: skip
+
+    @property
+    def num_workers(self) -> int:
+        """Loader processes of this rank: as given, or by its cores."""
+        if self.workers is not None:
+            return self.workers
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices if self.trainer else 1))
+        on_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+        return default_workers(local_ranks, on_accelerator=on_accelerator)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Normalise every uint8 view on the device, in the model's own precision."""
@@ -164,15 +176,14 @@ class ShardDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with another order than the checkpoint's. DataError names what differs."""
-        differ = [
-            f"{name} was {state_dict.get(name)}, now it is {value}"
-            for name, value in self._settings().items()
-            if state_dict.get(name) != value
-        ]
-        if differ and not self.resume_anyway:
+        now = self._settings()
+        differ = [name for name in now if state_dict.get(name) != now[name]]
+        if differ and not self.allow_changes:
+            changes = "; ".join(f"{name} was {state_dict.get(name)}, now it is {now[name]}" for name in differ)
+            options = ",".join("data.train" if name == "manifest" else f"data.{name}" for name in differ)
             raise DataError(
-                f"this run was begun with another order of samples: {'; '.join(differ)}. Go back to the old values, "
-                "begin a new run, or say --data.resume_anyway true"
+                f"this run was begun with another order of samples: {changes}. Go back to the old values, begin a new "
+                f"run in another --output, or say --allow_changes '[{options}]'"
             )
 
     def _settings(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reading single samples out of shards: some open tars, positioned reads, and one kind of error for all damage."""
 
 import os
+import resource
 import time
 import zlib
 from collections import OrderedDict
@@ -33,12 +34,13 @@ class ShardReader:
 
     Args:
         manifest: of the data set.
-        open_shards: how many shards are kept open; one more closes the one that was unused for longest.
+        open_shards: how many shards are kept open, up to half of what the system allows a process; one more closes
+            the one that was unused for longest.
     """
 
     def __init__(self, manifest: Manifest, open_shards: int = 64) -> None:
         self.manifest = manifest
-        self.open_shards = open_shards
+        self.open_shards = min(open_shards, _allowed_files() // 2)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lost: dict[int, tuple[float, str]] = {}
 
@@ -136,6 +138,11 @@ class ShardReader:
 
     def _bad(self, shard: int, key: str, reason: str) -> BadSampleError:
         return BadSampleError(self.name(shard), key, reason)
+
+
+def _allowed_files() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
 
 
 class _OpenShard:

@@ -67,7 +67,7 @@ def test_no_budget_at_all(tmp_path):
 
 def add_many(path: Path, start: int) -> None:
     account = BadSamples(path, 1.0, 10_000, path.parent)
-    for n in range(start, start + 200):
+    for n in range(start, start + 60):
         account.add(bad(n), 10)
 
 
@@ -78,4 +78,4 @@ def test_lines_of_several_processes_stay_whole(tmp_path):
         process.start()
     for process in processes:
         process.join()
-    assert len({entry["key"] for entry in lines(path)}) == len(lines(path)) == 600
+    assert len({entry["key"] for entry in lines(path)}) == len(lines(path)) == 180

@@ -30,7 +30,7 @@ def epoch_of(order: Order, epoch: int) -> list[tuple[int, int]]:
     return [pair for d in draws for pair in zip(d.shard.tolist(), d.sample.tolist(), strict=True)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(orders(), st.integers(0, 5))
 def test_an_epoch_has_every_sample_once_but_less_than_one_batch(order, epoch):
     everything = {(shard, i) for shard, n in enumerate(order.counts) for i in range(n)}
@@ -40,7 +40,7 @@ def test_an_epoch_has_every_sample_once_but_less_than_one_batch(order, epoch):
     assert len(everything) - len(seen) < order.global_batch_size
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(orders(), st.integers(0, 5))
 def test_what_one_epoch_leaves_out_the_next_one_has(order, epoch):
     everything = {(shard, i) for shard, n in enumerate(order.counts) for i in range(n)}
@@ -54,7 +54,7 @@ def test_every_sample_is_left_out_equally_often():
     assert set(counted.values()) == {40}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(orders(), st.integers(1, 8), st.integers(1, 3), st.integers(0, 40))
 def test_ranks_and_micro_batches_are_slices_of_one_list(order, world_size, accumulate, step):
     whole = order.batch(step)
@@ -68,7 +68,7 @@ def test_ranks_and_micro_batches_are_slices_of_one_list(order, world_size, accum
         assert (joined == getattr(whole, field)).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(orders(), st.integers(0, 40))
 def test_a_batch_takes_equally_many_from_every_lane_and_a_lane_keeps_its_shards(order, step):
     first = step // order.steps_per_epoch * order.steps_per_epoch
@@ -115,7 +115,7 @@ def test_every_sample_is_equally_likely_at_every_place(lanes):
     assert ((found - expected) ** 2 / expected).sum() < 80  # chi-square, 36 degrees of freedom: 0.1% point is 68
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(size, key):
     out = permute(np.arange(size), np.full(size, size), np.full(size, key, dtype=np.uint64))
@@ -129,7 +129,7 @@ def test_permute_handles_windows_of_a_hundred_million():
     assert abs(out.mean() / n - 0.5) < 0.03
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(orders(), st.integers(0, 30), st.integers(0, 30))
 def test_a_replacement_is_a_sample_of_the_same_lane_and_always_the_same(order, step, attempt):
     draws = order.batch(step)

@@ -58,6 +58,11 @@ def test_few_files_stay_open_and_none_after_it(picture_set):
     assert open_descriptors() == before
 
 
+def test_never_more_files_than_the_system_allows(picture_set, monkeypatch):
+    monkeypatch.setattr(shard_reader.resource, "getrlimit", lambda _: (6, 100))
+    assert ShardReader(load_manifest(picture_set), open_shards=1000).open_shards == 3
+
+
 def test_a_reader_can_be_sent_to_a_worker(picture_set):
     reader = ShardReader(load_manifest(picture_set))
     reader.image(0, 0)

@@ -66,7 +66,7 @@ def settings_of_a_run(draw):
     return order, frozenset(bad), range(first, first + 3), world_size, accumulate
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(settings_of_a_run(), st.integers(0, 3))
 def test_the_global_batch_is_the_same_list_on_any_ranks_and_workers(run, workers):
     order, bad, steps, world_size, accumulate = run
