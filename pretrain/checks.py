@@ -64,4 +64,4 @@ def max_steps(config: Namespace, steps_per_epoch: int) -> int:
     """Length of the run in optimiser steps."""
     if config.epochs is None:
         return int(config.trainer.max_steps)
-    return max(1, round(config.epochs * steps_per_epoch))
+    return max(1, round(float(config.epochs) * steps_per_epoch))

@@ -143,7 +143,14 @@ def shorten(message: str) -> str:
     causes = []
     for line in message.splitlines():
         line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -\t")).replace("typing.", "")
-        noise = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value type:", "Problem with given")
+        noise: tuple[str, ...] = (
+            "Parser key",
+            "Does not validate",
+            "Subtypes:",
+            "Errors:",
+            "Given value type:",
+            "Problem with given",
+        )
         noise += ("Given value: NestedArg", "Given value: {", "Expected a NoneType")
         if line and not line.startswith(noise):
             causes.append(line.replace("Expected a ", "expected ").replace("Got value:", "got"))

@@ -38,7 +38,7 @@ class FiniteGuard(Callback):
         if not loss.is_cuda:
             self._losses.append((loss.detach(), None))
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         host = torch.empty((), dtype=loss.dtype, pin_memory=True)
         host.copy_(loss.detach(), non_blocking=True)
         event.record()

@@ -75,7 +75,7 @@ def train(cli: PretrainCLI, config: Namespace) -> Path:
             directory.write_config(yaml.safe_dump(resolved, sort_keys=False))
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
-        data.allow_changes = bool(config.allow_changes)
+        data.allow_changes = any(key.split(".")[0] == "data" for key in config.allow_changes)
         try:
             checkpoint = directory.last if done is not None else None
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)

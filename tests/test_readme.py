@@ -64,4 +64,4 @@ def test_make_demo_in_small(tmp_path: Path) -> None:
              "DEMO_MORE=--trainer.max_steps 3 --model.warmup_steps 1"]  # fmt: skip
     done = subprocess.run(["make", "-C", str(ROOT), "demo", *small], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "kNN" in done.stdout and done.stdout.splitlines()[-2:][0].endswith("report.html") or "report.html" in done.stdout
+    assert "kNN" in done.stdout and "raw pixels" in done.stdout and "mae/report.html" in done.stdout
