@@ -10,6 +10,7 @@ Run: python -m benchmarks.loader [--json FILE]
 
 import argparse
 import io
+import os
 import random
 import resource
 import statistics
@@ -36,7 +37,8 @@ from datamodules.shard_reader import ShardReader
 from datamodules.shard_writer import ShardWriter
 from datamodules.stream import TrainStream
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# inet250/images.tar and tin40/train.tar, which are for research and not part of this repository
+DATA = Path(os.environ.get("TRIVIT_BENCH_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TURNS = 5
 
 

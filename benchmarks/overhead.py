@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
@@ -72,13 +71,13 @@ def _bare(data: Path, output: Path, steps: int) -> list[float]:
     source: ShardDataModule = parts.data
     source.setup("fit")
     model: MAE = task.model  # type: ignore[assignment]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = task.configure_optimizers()
     loader = DataLoader(source.stream(1, 0), batch_size=None, sampler=range(steps), num_workers=source.num_workers)
     ends = []
     for batch in loader:
         images = normalize(batch["image"], source.mean, source.std)
         noise = random_noise(batch["rng"], model.encoder.num_patches, "mask")
-        loss = model(images, noise).loss
+        loss = model(images, noise, loss_only=True).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
