@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments, rest) or 0)
     except KeyboardInterrupt:
-        print("trivit: interrupted before there was anything to save", file=sys.stderr)
+        print("trivit: interrupted; the same command goes on or begins anew", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -92,7 +92,7 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     pack.add_argument("--resize", type=int, help="shorter side in pixels (default: bytes stay as they are)")
     pack.add_argument("--quality", type=int, default=90, help="JPEG quality when resizing (default 90)")
     pack.add_argument("--captions", help="table with a file name and a caption per row (.tsv, .csv or .jsonl)")
-    pack.add_argument("--samples-per-shard", type=int, default=2_000)
+    pack.add_argument("--samples-per-shard", type=int, help="default 1,000; fewer for a small set, so that cores share")
 
     verify = _command(kinds, "verify", _verify, "read everything and tell what is wrong and where (exit code 1)")
     verify.add_argument("directory", metavar="DIR")
