@@ -161,15 +161,7 @@ class DINOTask(PretrainTask):
             convert_sync_batchnorm(self.model)
 
     def setup(self, stage: str) -> None:
-        """Takes over the weights to start from, unless the run is being resumed."""
-        resumed = self.trainer.ckpt_path is not None
-        if self.init_encoder and not resumed:
-            own = self.model.student.encoder
-            given = load_encoder(self.init_encoder, image_size=own.config.image_size)
-            load_strictly(own.trunk, given.trunk.state_dict(), f"init_encoder {self.init_encoder}")
-            self.model.copy_student()
-        if self.init_checkpoint and not resumed:
-            load_dino(self.model, self.init_checkpoint)
+        """Compiles what is to be compiled."""
         if self.compile_blocks:
             for branch in (self.model.student, self.model.teacher):
                 for block in branch.encoder.blocks:
@@ -205,6 +197,18 @@ class DINOTask(PretrainTask):
             raise TaskError("trainer.gradient_clip_val clips all gradients together; DINO has clip_grad: set that")
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters()):
             raise TaskError("16-bit weights cannot follow an EMA: set trainer.precision to bf16-mixed or 32-true")
+
+    def on_train_start(self) -> None:
+        """Takes over the weights to start from; a run that is being resumed has its own and is past step 0."""
+        if self.trainer.global_step:
+            return
+        if self.init_encoder:
+            own = self.model.student.encoder
+            given = load_encoder(self.init_encoder, image_size=own.config.image_size)
+            load_strictly(own.trunk, given.trunk.state_dict(), f"init_encoder {self.init_encoder}")
+            self.model.copy_student()
+        if self.init_checkpoint:
+            load_dino(self.model, self.init_checkpoint)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Draws iBOT's masks while the batch is on the host, so that no device waits for their number."""
