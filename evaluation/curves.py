@@ -15,7 +15,7 @@ TITLES = {
     "train/loss": "Training loss",
     "train/lr": "Learning rate",
     "train/images_per_second": "Images per second",
-    "train/data_wait": "Share of time waiting for data",
+    "train/data_wait": "Time spent waiting for data",
     "train/grad_norm": "Gradient norm",
 }
 NOT_DRAWN = {"step", "epoch", "seconds"}
@@ -72,6 +72,8 @@ def draw_curves(name: str, each: Sequence[Curve], order: Sequence[str]) -> str:
         axes.locator_params(axis="both", nbins=5)
         if max(float(curve.x.max()) for curve in each) >= 1000:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        if name == "train/data_wait":
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         last = "; ".join(f"{curve.run} ends at {curve.smooth[-1]:.4g}" for curve in each)
         return to_svg(drawing, escape(f"{title} over optimiser steps. {last}"))
 
@@ -81,9 +83,8 @@ def _limits(name: str, each: Sequence[Curve]) -> tuple[float, float]:
     values = np.concatenate([curve.y for curve in each])
     smoothed = np.concatenate([curve.smooth for curve in each])
     if name in ("train/images_per_second", "train/lr", "train/data_wait"):
-        return 0.0, max(1.08 * float(values.max()), 1e-12)
-    low, high = float(min(np.percentile(values, 0.5), smoothed.min())), float(np.percentile(values, 99))
-    middle = float(np.median(values))
-    high = min(high, middle + 6 * max(middle - low, 1e-9)) if high > middle else high
+        return 0.0, max(1.08 * float(values.max()), 0.1 if name == "train/data_wait" else 1e-12)
+    low, high = float(min(np.percentile(values, 0.5), smoothed.min())), float(np.percentile(values, 97))
+    high = max(high, *(float(curve.smooth[len(curve.smooth) // 33]) for curve in each))
     pad = 0.06 * max(high - low, 1e-9 + 0.01 * abs(high))
     return low - pad, high + pad

@@ -22,7 +22,7 @@ from evaluation.errors import EvaluationError
 from evaluation.lbfgs import Minimum, minimise
 from evaluation.ranks import rank_of_truth
 
-STRENGTHS = tuple(float(f"{10 ** (e / 2):.3g}") for e in range(2, -17, -1))  # 10 ... 1e-8, half a decade apart
+STRENGTHS = tuple(float(f"{10 ** (e / 2):.3g}") for e in range(2, -15, -1))  # 10 ... 1e-7, half a decade apart
 HELD_OUT = 0.1
 PATIENCE = 3
 TOLERANCE = 3e-5
@@ -104,8 +104,7 @@ class LogisticRegression:
             start = torch.zeros(self.width + 1, self.classes, dtype=torch.float64, device=self.table.device)
         hessian = self.moment / self.classes
         hessian.diagonal()[:-1] += strength
-        hessian.diagonal().add_(1e-10 * hessian.diagonal().mean())  # features that never change
-        factor = torch.linalg.cholesky(hessian)
+        factor = _cholesky(hessian)
         return minimise(
             lambda w: self.value(w, strength),
             start,
@@ -129,6 +128,18 @@ class LogisticRegression:
         gradient /= count
         gradient[:-1] += strength * weight[:-1]
         return float(loss) / count + 0.5 * strength * float(weight[:-1].square().sum()), gradient
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """The factor of a positive matrix plus as little of the identity as rounding asks for, as with few images."""
+    ridge = 1e-10 * float(matrix.diagonal().mean())
+    while True:
+        matrix.diagonal().add_(ridge)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return factor
+        ridge *= 10
 
 
 def scores(x: Tensor, weight: Tensor) -> Tensor:
@@ -158,8 +169,9 @@ def linear_probe(
 ) -> LinearProbe:
     """Chooses the strength on a stratified tenth of train, then fits all of train and ranks the test classes.
 
-    Strengths go from strong to weak, each from the solution before; PATIENCE in a row below the best end the search.
-    Of equally good ones the strongest is taken. Nothing of test is looked at. x [n d] and [t d], labels [n] and [t].
+    Strengths go from strong to weak, each from the solution before; the search ends after PATIENCE in a row that
+    neither raise the held-out accuracy nor lower the held-out loss. Of equally accurate ones the strongest is taken.
+    Nothing of test is looked at. x [n d] and [t d], labels [n] and [t].
 
     Raises:
         EvaluationError: one class only, no class with two images, or features that are not finite.
@@ -173,15 +185,15 @@ def linear_probe(
     table = Table(train, train_label, scaler, order, device)
     part = LogisticRegression(table, classes, 0, fitted)
     held_out: dict[float, float] = {}
-    weight, best, worse = None, strengths[0], 0
+    weight, best, lowest, worse = None, strengths[0], np.inf, 0
     for strength in sorted(strengths, reverse=True):
         weight = part.fit(strength, weight, tolerance=SEARCH_TOLERANCE).point
-        right = sum(int((scores(x, weight).argmax(dim=1) == y).sum()) for x, y in table.blocks(fitted))
-        held_out[strength] = 100 * right / (len(order) - fitted)
-        if held_out[strength] > held_out.get(best, -1.0):
-            best, worse = strength, 0
-        else:
-            worse += 1
+        accuracy, loss = _held_out_scores(table, fitted, weight)
+        held_out[strength] = accuracy
+        better = accuracy > held_out.get(best, -1.0) or len(held_out) == 1
+        # Accuracy alone would stop on the noisy plateau of the strongest penalties, which have learnt nothing yet.
+        worse = 0 if better or loss < lowest else worse + 1
+        best, lowest = strength if better else best, min(lowest, loss)
         if worse == PATIENCE:
             break
     fit = LogisticRegression(table, classes).fit(best)
@@ -192,6 +204,16 @@ def linear_probe(
             scores(scaler(test[chosen]).to(device), fit.point).cpu().numpy(), test_label[chosen]
         )
     return LinearProbe(rank, best, held_out, fit)
+
+
+def _held_out_scores(table: Table, start: int, weight: Tensor) -> tuple[float, float]:
+    """Top-1 in percent and mean cross-entropy of the rows from `start` on."""
+    right, loss = 0, 0.0
+    for x, label in table.blocks(start):
+        log_p = scores(x, weight).log_softmax(dim=1)
+        right += int((log_p.argmax(dim=1) == label).sum())
+        loss -= float(log_p.gather(1, label[:, None]).sum(dtype=torch.float64))
+    return 100 * right / (len(table) - start), loss / (len(table) - start)
 
 
 def stratified_order(label: Ints, share: float, seed: int) -> tuple[Ints, int]:

@@ -11,12 +11,12 @@ from datamodules.sidecars import cannot_write, write_aside
 from evaluation.curves import curves, draw_curves
 from evaluation.errors import EvaluationError
 from evaluation.report_pictures import neighbour_section, reconstruction_section
-from evaluation.report_tables import bad_counts, differences, facts, protocols, score_table
+from evaluation.report_tables import bad_counts, differences, facts, outdated, protocols, score_table, test_set
 from evaluation.run_files import Run, read_run
 from evaluation.verdict import judge
 
-PICTURES = 8
-PICTURES_OF_SEVERAL = 4
+RECONSTRUCTIONS, QUERIES = 9, 8
+RECONSTRUCTIONS_OF_SEVERAL, QUERIES_OF_SEVERAL = 3, 4
 MOST_BAD = 30
 
 
@@ -64,18 +64,21 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     names = [run.name for run in runs]
-    many = PICTURES if len(runs) == 1 else PICTURES_OF_SEVERAL
+    single = len(runs) == 1
+    rebuilt = RECONSTRUCTIONS if single else RECONSTRUCTIONS_OF_SEVERAL
+    queries = QUERIES if single else QUERIES_OF_SEVERAL
+    test_data = next((protocol["test"]["path"] for protocol in map(test_set, runs) if protocol), None)
     return environment.get_template("report.html.jinja").render(
         title=" · ".join(names),
         css=Markup((Path(__file__).parent / "report.css").read_text()),
         version=version("trivit"),
         made=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         runs=runs,
-        verdicts=[(run, judge(run), facts(run)) for run in runs],
+        verdicts=[(run, judge(run), outdated(run), facts(run)) for run in runs],
         scores=score_table(runs),
         panels=[Markup(draw_curves(name, each, names)) for name, each in curves(runs).items()],
-        reconstructions=[reconstruction_section(run, many) for run in runs],
-        neighbours=[neighbour_section(run, many, cache_dir) for run in runs],
+        reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],
+        neighbours=[neighbour_section(run, queries, cache_dir) for run in runs],
         bad=[(run, bad_counts(run), run.bad[:MOST_BAD]) for run in runs],
         differences=differences(runs),
         protocols=[(run, protocols(run)) for run in runs],

@@ -28,8 +28,8 @@ def _open(path: str) -> Manifest:
     return load_manifest(open_shards(path))
 
 
-def reconstruction_section(run: Run, count: int) -> Section | None:
-    """Reconstructions of test images (of train images before any evaluation); None for a run that is no MAE."""
+def reconstruction_section(run: Run, count: int, test_data: str | None) -> Section | None:
+    """Reconstructions of images of `test_data` (None: of its train images); None for a run that is no MAE."""
     if "MAE" not in str(run.get("model.class_path", "")):
         return None
     from evaluation.pictures import sample_images
@@ -37,8 +37,7 @@ def reconstruction_section(run: Run, count: int) -> Section | None:
     from tasks.errors import TaskError
     from tasks.mae import load_mae
 
-    protocol = test_set(run)
-    path, which = (protocol["test"]["path"], "test") if protocol else (run.get("data.train"), "train")
+    path, which = (test_data, "test") if test_data else (run.get("data.train"), "train")
     try:
         mae = load_mae(run.path)
         images = sample_images(_open(str(path)).root, mae.encoder.config, count)

@@ -1,6 +1,7 @@
 """The tables of a report: facts, scores beside their floors, bad samples, differences between configs, protocols."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,19 @@ def test_set(run: Run) -> dict[str, Any] | None:
     return next(
         (r["protocol"] for r in map(run.results.get, PROBE_NAMES) if r and "test" in r.get("protocol", {})), None
     )
+
+
+def outdated(run: Run) -> str | None:
+    """A warning when the run was trained further after its scores were taken."""
+    from tasks.encoder_files import checkpoint_hash
+
+    protocol = test_set(run)
+    if protocol is None or not run.checkpoint.is_file() or "checkpoint" not in protocol:
+        return None
+    of_this_run = Path(protocol.get("source", "")).resolve() in (run.path.resolve(), run.checkpoint.resolve())
+    if not of_this_run or protocol["checkpoint"] == checkpoint_hash(run.path):
+        return None
+    return "The scores are of an earlier checkpoint of this run: evaluate it again."
 
 
 def bad_counts(run: Run) -> list[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """Matplotlib figures as inline SVG that takes its colours from the page, so that they follow light, dark and print."""
 
+import hashlib
 import io
 import re
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.titlelocation": "left",
     "axes.titlesize": 12,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-4, 6),
     "grid.color": FAINT,
@@ -60,7 +61,9 @@ def to_svg(drawing: Any, label: str) -> str:
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'\sid="[a-z]+\w*_\d+"', "", text)  # figure_1, axes_1, ...; clip paths and markers have hashes
+    text = re.sub(r'\sid="[\w.]*_\d+"', "", text)  # figure_1, axes_1, ...; what is referred to has a hash instead
+    own = hashlib.sha256(label.encode()).hexdigest()[:6]
+    text = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{own}", text)
     text = re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1
     )

@@ -11,7 +11,7 @@ from evaluation.run_files import Run
 Health = Literal["early", "diverged", "flat", "falling", "plateau"]
 FEWEST_ROWS = 8
 FLOORS = {"raw_pixels": "raw pixels", "untrained": "the untrained encoder"}
-PROBE_NAMES = {"knn": "kNN", "linear": "linear probe"}
+PROBE_NAMES = {"knn": "kNN", "linear": "Linear probe"}
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def judge_loss(step: NDArray[np.float64], loss: NDArray[np.float64], warmup: int
     curve = smooth(loss)
     edge = max(2, len(loss) // 20)
     start, end, best = float(loss[:edge].mean()), float(loss[-edge:].mean()), float(curve[edge:].min())
-    noise = 2 * float(np.diff(loss).std()) / np.sqrt(2 * edge)  # of a mean of `edge` rows, twice its standard error
+    noise = 4 * float(np.diff(loss).std()) / np.sqrt(edge)  # four standard errors of a difference of two such means
     fallen = start - best
-    if end > start + noise or (end - best > max(0.5 * fallen, 2 * noise) and fallen > noise):
+    if end > start + noise or (end - best > max(0.5 * fallen, noise) and fallen > noise):
         where = int(step[edge:][curve[edge:].argmin()])
         return LossHealth("diverged", f"The loss rose again: {best:.3f} around step {where:,}, {end:.3f} at the end.")
     if fallen <= noise:
@@ -66,7 +66,7 @@ def judge_loss(step: NDArray[np.float64], loss: NDArray[np.float64], warmup: int
     before = len(loss) - max(edge, len(loss) // 5)
     late = float(loss[max(0, before - edge) : before].mean()) - end
     drop = f"from {start:.3f} to {end:.3f}"
-    if late > max(noise, 0.02 * fallen):
+    if late > max(0.6 * noise, 0.02 * fallen):
         return LossHealth("falling", f"The loss fell {drop} and was still falling at the end.")
     return LossHealth("plateau", f"The loss fell {drop} and has levelled off.")
 
@@ -89,7 +89,7 @@ def judge(run: Run) -> Verdict:
             "falling": "Training looks healthy; nothing has been scored yet.",
             "plateau": "The loss has levelled off; nothing has been scored yet.",
         }[health.state]
-        return Verdict("fair", headline, (*details, "Run `trivit evaluate` to see what the features are worth."))
+        return Verdict("fair", headline, (*details, "trivit evaluate tells what the features are worth."))
     if levels == {"above"}:
         headline = "The features are clearly better than raw pixels and than an untrained encoder."
         return Verdict("good", headline, tuple(details))
@@ -143,4 +143,4 @@ def _progress(run: Run) -> str:
         return f"{run.step:,} steps so far."
     if run.step >= run.max_steps:
         return f"The run is finished: {run.step:,} steps."
-    return f"The run has done {run.step:,} of {run.max_steps:,} steps ({run.step / run.max_steps:.0%})."
+    return f"The run has done {run.step:,} of {run.max_steps:,} steps ({100 * run.step // run.max_steps}%)."

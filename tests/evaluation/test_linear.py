@@ -86,6 +86,18 @@ def test_features_that_never_change_are_harmless() -> None:
     assert problem.fit(1e-3).value == pytest.approx(plain.fit(1e-3).value, rel=1e-6)
 
 
+def test_more_features_than_images() -> None:
+    x, y = blobs(60, 200, 3)
+    fit = LogisticRegression(Table(x, y, Scaler.of(x), np.arange(60)), 3).fit(1e-7)
+    assert fit.value < 1e-3
+
+
+def test_penalties_that_are_far_too_strong_do_not_end_the_search() -> None:
+    x, y = blobs(900, 12, 5)
+    probe = linear_probe(x, y, x, y, classes=5, strengths=(1e5, 1e4, 1e3, 300.0, 100.0, 1e-3))
+    assert probe.strength == 1e-3
+
+
 def test_stratified_tenth() -> None:
     label = np.array([0] * 100 + [1] * 20 + [2] * 2 + [3])
     order, fitted = stratified_order(label, 0.1, seed=0)

@@ -1,0 +1,61 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.curves import MOST_POINTS, curves, draw_curves
+from evaluation.run_files import Run, read_run
+from tests.evaluation.conftest import make_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return read_run(make_run(tmp_path / "run", train=tmp_path / "data"))
+
+
+def test_every_column_is_drawn_well_known_ones_first(run: Run) -> None:
+    found = curves([run, replace(run, name="other", metrics={"step": np.array([1.0, 2.0]), "train/loss": np.ones(2)})])
+    names = list(found)
+    assert names[:3] == ["train/loss", "train/lr", "train/images_per_second"]
+    assert names[-1] == "probe/extra"
+    assert "seconds" not in names
+    assert [curve.run for curve in found["train/loss"]] == ["run", "other"]
+    assert [curve.run for curve in found["train/lr"]] == ["run"]
+
+
+def test_empty_cells_are_left_out_and_long_runs_thinned(run: Run) -> None:
+    steps = np.arange(5000.0)
+    values = np.where(steps % 2, np.nan, 1.0)
+    (curve,) = curves([replace(run, metrics={"step": steps, "train/loss": values})])["train/loss"]
+    assert len(curve.x) <= MOST_POINTS
+    assert np.isfinite(curve.y).all()
+    assert curve.x[0] == 0
+    assert curve.x[-1] == 4998
+
+
+def test_a_column_without_numbers_is_no_panel(run: Run) -> None:
+    metrics = {"step": np.array([1.0, 2.0]), "train/loss": np.full(2, np.nan)}
+    assert curves([replace(run, metrics=metrics)]) == {}
+
+
+def test_svg_takes_its_colours_from_the_page(run: Run) -> None:
+    panel = curves([run, replace(run, name="b")])["train/loss"]
+    svg = draw_curves("train/loss", panel, ["run", "b"])
+    assert svg.startswith("<svg viewBox=")
+    assert svg.endswith("</svg>")
+    assert "var(--series-1)" in svg
+    assert "var(--series-2)" in svg
+    assert "stroke-dasharray" in svg, "runs must differ without colour"
+    assert "#0a0b" not in svg, "a placeholder colour was left"
+    assert "http" not in svg
+    assert "Training loss" in svg
+    ids = re.findall(r'\bid="([^"]+)"', svg)
+    assert len(ids) == len(set(ids))
+
+
+def test_names_cannot_break_out_of_the_drawing(run: Run) -> None:
+    evil = replace(run, name='"><script>x</script>')
+    svg = draw_curves("train/loss", curves([evil])["train/loss"], [evil.name])
+    assert "<script>" not in svg

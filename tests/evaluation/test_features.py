@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.errors import DataError
+from datamodules.manifest import load_manifest
+from evaluation import features as features_module
+from evaluation.errors import EvaluationError
+from evaluation.features import cached_features, extract
+from tasks.encoder_files import load_encoder
+from tasks.encoders import Encoder
+from tests.evaluation.conftest import CONFIG, write_images
+
+
+def take(encoder: Encoder, root: Path, **options: object) -> features_module.Features:
+    return extract(encoder, root, device="cpu", workers=0, progress=False, **options)  # type: ignore[arg-type]
+
+
+def test_features_are_those_of_the_encoder(world: Path, cache: Path, encoder_file: Path) -> None:
+    from evaluation.pictures import load_pictures
+
+    encoder = load_encoder(encoder_file)
+    found = take(encoder, world / "test", batch_size=17)
+    assert found.x.shape == (60, CONFIG.size.width)
+    assert found.key[0] == "shard-000000.tar/00000"
+    assert found.classes[found.label[0]] == "fox"
+    images = load_pictures(load_manifest(world / "test"), [found.key[3], found.key[50]], CONFIG).float() / 255
+    mean, std = torch.tensor(CONFIG.mean)[:, None, None], torch.tensor(CONFIG.std)[:, None, None]
+    with torch.inference_mode():
+        expected = encoder.features((images - mean) / std)
+    np.testing.assert_allclose(found.x[[3, 50]], expected.numpy(), atol=1e-5)
+
+
+def test_computed_once_per_encoder_and_data(
+    world: Path, cache: Path, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(encoder_file)
+    assert cached_features(encoder, load_manifest(world / "test")) is None
+    first = take(encoder, world / "test")
+    calls = []
+    monkeypatch.setattr(
+        features_module, "_compute", lambda *_: calls.append(1) or (_ for _ in ()).throw(OSError(28, "x"))
+    )
+    again = take(encoder, world / "test")
+    kept = cached_features(encoder, load_manifest(world / "test"))
+    assert kept is not None
+    assert np.array_equal(first.x, again.x)
+    assert np.array_equal(first.x, kept.x)
+    assert not calls
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1e-3)
+    with pytest.raises(EvaluationError, match="disk"):
+        take(encoder, world / "test")
+    assert calls, "other weights must not find these features"
+
+
+def test_oldest_features_leave_a_full_cache(
+    world: Path, cache: Path, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(encoder_file)
+    monkeypatch.setattr(features_module, "CACHE_LIMIT_BYTES", 1)
+    first = take(encoder, world / "test")
+    take(encoder, world / "train")
+    assert cached_features(encoder, load_manifest(world / "test")) is None
+    assert cached_features(encoder, load_manifest(world / "train")) is not None
+    assert np.isfinite(first.x).all(), "what is open stays readable"
+
+
+def test_bad_images_are_left_out_and_counted(tmp_path: Path, cache: Path, encoder_file: Path) -> None:
+    found = take(load_encoder(encoder_file), write_images(tmp_path / "data", 20, bad=3))
+    assert len(found) == len(found.key) == len(found.x) == 17
+    assert found.bad == 3
+    assert found.key[0].endswith("00003")
+
+
+def test_nothing_readable_is_one_clear_line(tmp_path: Path, cache: Path, encoder_file: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"no image under .* could be read"):
+        take(load_encoder(encoder_file), write_images(tmp_path / "data", 4, bad=4))
+
+
+def test_no_data_is_one_clear_line(tmp_path: Path, cache: Path, encoder_file: Path) -> None:
+    with pytest.raises(DataError):
+        take(load_encoder(encoder_file), tmp_path / "nowhere")
+
+
+def test_a_diverged_encoder_is_named_and_leaves_nothing(world: Path, cache: Path, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(torch.nan)
+    with pytest.raises(EvaluationError, match=r"shard-000000.tar/00000 contain NaN"):
+        take(encoder, world / "test")
+    assert list((cache / "features").iterdir()) == []

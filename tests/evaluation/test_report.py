@@ -1,0 +1,151 @@
+import re
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation.errors import EvaluationError
+from evaluation.probes import ProbeSettings
+from evaluation.report import report, unique_names
+from evaluation.run_files import read_run
+from evaluation.score import evaluate
+from tests.evaluation.conftest import make_run
+
+VOID = {"meta", "img", "br", "path", "use", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What a test wants to know of a page; fails on tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.loads: list[str] = []
+        self.words = ""
+        self.images_without_text = 0
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        values = dict(attributes)
+        self.loads += [values[name] or "" for name in ("src", "href", "srcset", "data") if name in values]
+        self.images_without_text += tag == "img" and not values.get("alt")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self._open and self._open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if not self._open or self._open[-1] not in ("style", "script"):
+            self.words += f" {data}"
+
+
+@pytest.fixture(scope="session")
+def scored_once(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/mae, evaluated, and the cache that this left."""
+    root = tmp_path_factory.mktemp("scored")
+    run = make_run(root / "runs" / "mae", train=world / "train")
+    evaluate(
+        run, train=world / "train", test=world / "test", device="cpu", workers=0, progress=False,
+        settings=ProbeSettings(strengths=(1.0,)), cache_dir=root / "cache",
+    )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def scored_run(scored_once: Path, cache: Path, tmp_path: Path) -> Path:
+    shutil.copytree(scored_once / "cache", cache)
+    run = Path(shutil.copytree(scored_once / "runs", tmp_path / "runs")) / "mae"
+    results = run / "results.json"
+    results.write_text(results.read_text().replace(str(scored_once / "runs" / "mae"), str(run)))
+    return run
+
+
+def test_everything_is_on_one_page_that_loads_nothing(scored_run: Path) -> None:
+    (scored_run / "bad_samples.jsonl").write_text(
+        '{"shard": "a.tar", "key": "<b>k", "reason": "cut off", "epoch": 0}\n'
+    )
+    path = report([scored_run])
+    assert path == scored_run / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    assert len(text) < 3_000_000
+    assert all(load.startswith(("data:image/", "#")) for load in page.loads)
+    assert not re.search(r"url\((?!#)", text)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert page.tags["script"] == page.tags["link"] == page.tags["b"] - text.count("<b>") == 0
+    assert page.tags["img"] == 9 * 3 + 8 * 6
+    assert page.images_without_text == 0
+    assert page.tags["svg"] >= 6  # the verdict's sign and the curves
+    for words in (
+        "of the test images get the right class", "Raw pixels", "Untrained encoder", "Training loss", "Learning rate",
+        "Images per second",
+        "75% of the patches are hidden", "mean and standard deviation", "neighbours are of the same class", "✓",
+        "cut off", "<b>k", "temperature", "0.07", "strength", "global_batch_size", "<cat>",
+    ):  # fmt: skip
+        assert words in page.words, words
+    ids = re.findall(r'\sid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_several_runs_side_by_side(scored_run: Path, world: Path, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other" / "mae", train=world / "train", rows=30, seed=1, norm_pix_loss=False)
+    path = report([scored_run, other, scored_run], output=tmp_path / "both.html")
+    page = Page(path.read_text())
+    assert path == tmp_path / "both.html"
+    for words in ("runs/mae", "other/mae", "Where the settings differ", "seed", "nothing has been scored yet"):
+        assert words in page.words, words
+    assert page.tags["img"] == 2 * 3 * 3 + 4 * 6
+    assert [run.name for run in unique_names([read_run(scored_run), read_run(other)])] == ["runs/mae", "other/mae"]
+
+
+def test_a_run_that_has_only_begun_has_a_page(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 0\nmodel: {class_path: tasks.mae_task.MAETask}\n")
+    page = Page(report([tmp_path]).read_text())
+    assert "Too early" in page.words
+    assert "Nothing has been scored yet" in page.words
+    assert "No reconstructions:" in page.words
+
+
+def test_pictures_that_are_gone_leave_a_reason(scored_run: Path, world: Path, cache: Path) -> None:
+    for entry in (cache / "features").iterdir():
+        (entry / "about.json").unlink()
+    assert (
+        "No neighbours: the features of this checkpoint are not cached" in Page(report([scored_run]).read_text()).words
+    )
+    text = (scored_run / "results.json").read_text()
+    (scored_run / "results.json").write_text(text.replace(str(world), str(world / "moved")))
+    words = Page(report([scored_run]).read_text()).words
+    assert "is not there any more" in words
+
+
+def test_scores_of_an_earlier_checkpoint_are_told(scored_run: Path) -> None:
+    assert "earlier checkpoint" not in report([scored_run]).read_text()
+    last = scored_run / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)
+    state["state_dict"]["model.mask_token"] += 1
+    torch.save(state, last)
+    assert "earlier checkpoint" in report([scored_run]).read_text()
+
+
+def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="no such run"):
+        report([tmp_path / "nothing"])
+    with pytest.raises(EvaluationError, match="no trivit run"):
+        report([tmp_path])
+    with pytest.raises(EvaluationError, match="at least one run"):
+        report([])

@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluation
+from datamodules.errors import DataError
+from evaluation.errors import EvaluationError
+from evaluation.probes import ProbeSettings
+from evaluation.score import evaluate, results_file
+from tasks.errors import TaskError
+from tests.evaluation.conftest import CLASSES, make_run, write_images
+
+
+def run_evaluate(source: Path, train: Path, test: Path, **options: Any) -> dict[str, Any]:
+    return evaluate(source, train=train, test=test, workers=0, device="cpu", **options)
+
+
+def test_numbers_come_with_their_protocol(
+    world: Path, cache: Path, encoder_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ProbeSettings(strengths=(1.0, 1e-2))
+    results = run_evaluate(encoder_file, world / "train", world / "test", output=tmp_path / "out", settings=few)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    knn, linear = results["knn"], results["linear"]
+    assert knn["top1"] == knn["by_k"]["20"] > 50
+    assert linear["top1"] > 50
+    assert knn["interval"][0] <= knn["top1"] <= knn["interval"][1]
+    assert knn["top5"] >= knn["top1"]
+    for protocol in (knn["protocol"], linear["protocol"]):
+        assert protocol["crop"] == protocol["resize"] == 16
+        assert protocol["pool"] == "mean"
+        assert protocol["train"]["images"] == 240
+        assert protocol["test"]["images"] == 60
+        assert protocol["test"]["bad"] == 0
+        assert len(protocol["checkpoint"]) == 16
+    assert knn["protocol"]["temperature"] == 0.07
+    assert knn["protocol"]["ks"] == [10, 20, 100, 200]
+    assert linear["protocol"]["seed"] == 0
+    assert linear["protocol"]["strength"] in linear["protocol"]["strength_grid"]
+    assert set(results["floors"]) == {"raw_pixels", "untrained"}
+    assert set(results["floors"]["raw_pixels"]) == {"knn", "linear"}
+    assert "pool" not in results["floors"]["raw_pixels"]["knn"]["protocol"]
+    printed = capsys.readouterr().out
+    assert f"{knn['top1']:.1f}" in printed
+    assert "raw pixels" in printed
+    assert str(tmp_path / "out" / "results.json") in printed
+
+
+def test_probes_merge_into_the_file_and_repeat_to_the_last_digit(world: Path, cache: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", train=world / "train")
+    (run / "results.json").write_text('{"zeroshot": {"top1": 12.5}}')
+    first = run_evaluate(run, world / "train", world / "test", probes=("knn",), floors=False)
+    run_evaluate(run / "checkpoints" / "last.ckpt", world / "train", world / "test", probes=("linear",), floors=False)
+    merged = json.loads((run / "results.json").read_text())
+    assert set(merged) == {"zeroshot", "knn", "linear"}
+    assert run_evaluate(run, world / "train", world / "test", probes=("knn",), floors=False) == first
+
+
+def test_small_train_sets_get_the_ks_that_fit(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:
+    train = write_images(tmp_path / "train", 30)
+    results = run_evaluate(encoder_file, train, world / "test", probes=("knn",), floors=False)
+    assert results["knn"]["protocol"]["ks"] == [10, 20]
+    with pytest.raises(EvaluationError, match="k = 50 needs at least 50 train images, there are 30"):
+        run_evaluate(encoder_file, train, world / "test", probes=("knn",), settings=ProbeSettings(ks=(5, 50)))
+    tiny = write_images(tmp_path / "tiny", 12)
+    with pytest.raises(EvaluationError, match="k = 20 needs at least 20 train images, there are 12"):
+        run_evaluate(encoder_file, tiny, world / "test", probes=("knn",), floors=False)
+
+
+def test_bad_input_is_one_clear_line(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:
+    train, test = world / "train", world / "test"
+    with pytest.raises(EvaluationError, match="unknown probe 'knm': there are knn, linear"):
+        run_evaluate(encoder_file, train, test, probes=("knm",))
+    with pytest.raises(EvaluationError, match="give --train"):
+        evaluate(encoder_file, test=test)
+    with pytest.raises(TaskError, match="no such checkpoint"):
+        run_evaluate(tmp_path / "nothing.ckpt", train, test)
+    with pytest.raises(DataError):
+        run_evaluate(encoder_file, tmp_path / "no data", test)
+    with pytest.raises(EvaluationError, match="no test image has a label"):
+        run_evaluate(encoder_file, train, write_images(tmp_path / "bare", 12, labelled=False))
+    with pytest.raises(EvaluationError, match="without any train image: gnu"):
+        run_evaluate(encoder_file, train, write_images(tmp_path / "more", 14, classes=(*CLASSES, "gnu")))
+    with pytest.raises(EvaluationError, match="one class"):
+        run_evaluate(encoder_file, write_images(tmp_path / "one", 30, classes=("ant",)), test)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match="is a file: name a folder"):
+        run_evaluate(encoder_file, train, test, output=tmp_path / "file")
+
+
+def test_a_damaged_results_file_is_not_overwritten(cache: Path, world: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", train=world / "train")
+    (run / "results.json").write_text('{"knn": ')
+    with pytest.raises(EvaluationError, match="move it away"):
+        run_evaluate(run, world / "train", world / "test", probes=("knn",), floors=False)
+    assert (run / "results.json").read_text() == '{"knn": '
+
+
+def test_where_results_go(tmp_path: Path, world: Path) -> None:
+    run = make_run(tmp_path / "run", train=world / "train")
+    assert results_file(run, None) == run / "results.json"
+    assert results_file(run / "checkpoints" / "last.ckpt", None) == run / "results.json"
+    assert results_file("timm:vit_tiny_patch16_224", None) is None
+    assert results_file(tmp_path / "a" / "b.safetensors", None) is None
+    assert results_file(run, tmp_path / "else") == tmp_path / "else" / "results.json"
+
+
+def test_from_python_it_is_one_call() -> None:
+    assert evaluation.evaluate is evaluate

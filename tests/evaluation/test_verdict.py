@@ -1,0 +1,109 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evaluation.run_files import Run, read_run
+from evaluation.verdict import compare, judge, judge_loss, smooth
+from tests.evaluation.conftest import make_run
+
+STEPS = np.arange(1, 121) * 10.0
+
+
+def noise(scale: float = 0.005) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, scale, len(STEPS))
+
+
+@pytest.mark.parametrize(
+    ("loss", "state"),
+    [
+        (1.0 - 0.4 * (1 - np.exp(-STEPS / 150)) + noise(), "plateau"),
+        (1.0 - 0.4 * STEPS / STEPS[-1] + noise(), "falling"),
+        (1.0 + noise(), "flat"),
+        (1.0 - 0.4 * (1 - np.exp(-STEPS / 150)) + 0.35 * (STEPS > 900) + noise(), "diverged"),
+        (1.0 + STEPS / 1000 + noise(), "diverged"),
+        (np.where(STEPS < 800, 1.0 - STEPS / 2000, np.nan), "diverged"),
+        (np.where(STEPS < 800, 1.0 - STEPS / 2000, np.inf), "diverged"),
+    ],
+)
+def test_states_of_a_loss(loss: np.ndarray, state: str) -> None:
+    assert judge_loss(STEPS, loss).state == state
+
+
+def test_too_early() -> None:
+    loss = 1 - STEPS / 2000
+    assert judge_loss(STEPS[:5], loss[:5]).state == "early"
+    assert judge_loss(STEPS[:20], loss[:20], warmup=250).state == "early"
+    assert judge_loss(STEPS[:40], loss[:40], warmup=250).state != "early"
+    assert judge_loss(np.array([]), np.array([])).state == "early"
+
+
+def test_noise_alone_is_no_progress() -> None:
+    states = [
+        judge_loss(STEPS, 1 + np.random.default_rng(seed).normal(0, 0.05, len(STEPS))).state for seed in range(50)
+    ]
+    assert states.count("flat") > 40
+
+
+def test_smoothing_keeps_level_and_ends() -> None:
+    np.testing.assert_allclose(smooth(np.full(50, 3.0)), 3.0)
+    line = np.arange(50.0)
+    np.testing.assert_allclose(smooth(line), line)
+    assert smooth(np.random.default_rng(0).normal(size=400)).std() < 0.4
+
+
+def results(top1: float, raw: float, untrained: float) -> dict[str, Any]:
+    return {
+        "knn": {"top1": top1, "interval": [top1 - 1.5, top1 + 1.5]},
+        "floors": {"raw_pixels": {"knn": {"top1": raw}}, "untrained": {"knn": {"top1": untrained}}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("top1", "level", "words"),
+    [
+        (21.6, "above", ("6.5 points above raw pixels (15.1)", "9.4 points above the untrained encoder (12.2)")),
+        (16.0, "near", ("about the same as raw pixels (15.1)", "3.8 points above the untrained encoder (12.2)")),
+        (9.0, "below", ("6.1 points below raw pixels (15.1)", "3.2 points below the untrained encoder (12.2)")),
+    ],
+)
+def test_scores_against_their_floors(top1: float, level: str, words: tuple[str, ...]) -> None:
+    found, text = compare(results(top1, 15.1, 12.2), "knn")
+    assert found == level
+    assert all(word in text for word in words)
+
+
+def test_scores_without_floors() -> None:
+    assert compare({"knn": {"top1": 20.0}}, "knn") == ("unknown", "kNN: 20.0% of the test images get the right class.")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return read_run(make_run(tmp_path / "run", train=tmp_path / "data"))
+
+
+def test_verdict_of_a_run(run: Run) -> None:
+    assert judge(run).tone == "fair"
+    assert "nothing has been scored yet" in judge(run).headline
+    good = judge(replace(run, results=results(30.0, 15.1, 12.2)))
+    assert good.tone == "good"
+    assert any("finished: 600 steps" in detail for detail in good.details)
+    assert judge(replace(run, results=results(15.0, 15.1, 12.2))).tone == "bad"
+    assert judge(replace(run, results={"knn": {"top1": 20.0}})).tone == "fair"
+
+
+def test_a_diverged_run_is_bad_whatever_its_scores(run: Run) -> None:
+    loss = run.metrics["train/loss"].copy()
+    loss[-3:] = np.nan
+    ill = replace(run, metrics={**run.metrics, "train/loss": loss}, results=results(30.0, 15.1, 12.2))
+    assert judge(ill).tone == "bad"
+    assert "diverged" in judge(ill).headline
+
+
+def test_one_probe_above_is_fair(run: Run) -> None:
+    mixed = results(30.0, 15.1, 12.2)
+    mixed["linear"] = {"top1": 20.0, "interval": [18.0, 22.0]}
+    mixed["floors"]["raw_pixels"]["linear"] = {"top1": 19.5}
+    assert judge(replace(run, results=mixed)).tone == "fair"
