@@ -23,8 +23,6 @@ _RADIUS = CELLS * _CELL  # one radius in these steps
 def draw(scene: Scene, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The image [size size 3] and the object's mask [size size] (1 = object, its outline included)."""
     image = _background(scene, size)
-    for spot in scene.spots:
-        _draw_spot(image, spot.x, spot.y, spot.radius, spot.colour, size)
     mask = np.zeros((size, size), dtype=np.uint8)
     _draw_object(image, mask, scene, size)
     return np.ascontiguousarray(image.astype(np.uint8).transpose(1, 2, 0)), mask
@@ -117,7 +115,7 @@ def _background(scene: Scene, size: int) -> Shorts:
         v = ((centres * -sin >> 14)[None, :] + (centres * cos >> 14)[:, None]).astype(np.int32)
         if name == "wavy":
             u = u + (SIN[v * 360 // (2 * period) % 360] * period // (TRIG * 4)).astype(np.int32)
-        second = _pattern(name, u, v, period, size, 9)
+        second = _pattern(name, u, v, period, (512 << 9) // period, 9)  # out of focus: only objects have sharp edges
     image = _blend(_plane(scene.ground), _plane(scene.ground_second), second)
     drift = _limit((_cloud(dice, 4, size) * 5 >> 2) - 96) * np.int16(15) >> 4  # the pattern stays visible everywhere
     image = _blend(image, _plane(scene.ground_far), drift)
@@ -130,14 +128,6 @@ def _background(scene: Scene, size: int) -> Shorts:
 def _span(centre: int, reach: int, size: int) -> slice:
     """The pixels of one axis that an object can touch."""
     return slice(max(0, (centre - reach) * size >> 16), min(size, ((centre + reach) * size >> 16) + 2))
-
-
-def _draw_spot(image: Shorts, x: int, y: int, radius: int, colour: RGB, size: int) -> None:
-    rows, columns = _span(y, radius + SIDE // size, size), _span(x, radius + SIDE // size, size)
-    dx, dy = (_centres(size)[columns] - x)[None, :], (_centres(size)[rows] - y)[:, None]
-    distance = np.sqrt((dx * dx + dy * dy).astype(np.float64)).astype(np.int32) - radius
-    box = image[:, rows, columns]
-    box[...] = _blend(box, _plane(colour), _covered((distance * size >> 9).astype(np.int32)))
 
 
 def _object_coordinates(scene: Scene, rows: slice, columns: slice, size: int) -> tuple[Ints, Ints]:

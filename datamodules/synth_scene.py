@@ -25,7 +25,7 @@ COLOURS: dict[str, RGB] = {
     "purple": (132, 66, 176),
     "pink": (240, 128, 178),
 }
-_RADII = {"small": (10400, 11800), "medium": (13000, 14700), "large": (15600, 17600)}
+_RADII = {"small": (11100, 12100), "medium": (13600, 15000), "large": (16600, 18300)}
 _TILTS = {"tilted left": (-40, -14), "upright": (-9, 9), "tilted right": (14, 40)}
 _BORDER = 700  # of the image stay free around an object
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
@@ -79,16 +79,6 @@ def held_out(shape: str, colour: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
-    """A small disc of clutter behind the object."""
-
-    x: int
-    y: int
-    radius: int
-    colour: RGB
-
-
-@dataclass(frozen=True, slots=True)
 class Scene:
     """One image before it has pixels."""
 
@@ -108,7 +98,6 @@ class Scene:
     ground_period: int
     ground_phase: int
     light: tuple[int, int]  # what the background's right and lower edges gain in brightness, and the others lose
-    spots: tuple[Spot, ...]
     noise: int
     caption: str
 
@@ -130,7 +119,7 @@ def _luma(colour: RGB) -> int:
 def _grounds(dice: Dice) -> tuple[RGB, RGB, RGB]:
     """Two muted colours that can be told apart, and a third that the background drifts to."""
     level = dice.between(40, 215)
-    step = dice.between(45, 100) * (1 if level < 128 else -1)
+    step = dice.between(40, 80) * (1 if level < 128 else -1)
     far = dice.between(30, 225)
     first, second, third = (_vary((grey, grey, grey), 50, dice) for grey in (level, level + step, far))
     return first, second, third
@@ -161,10 +150,6 @@ def scene(seed: int, index: int, split: str = "all") -> Scene:
     fill = _vary(COLOURS[attributes["colour"]], 14, dice)
     ground, ground_second, ground_far = _grounds(dice)
     dark = _luma(ground) + _luma(ground_second) > 256
-    spots = tuple(
-        Spot(dice.between(0, SIDE), dice.between(0, SIDE), dice.between(900, 2400), _vary((128, 128, 128), 100, dice))
-        for _ in range(dice.between(0, 5))
-    )
     return Scene(
         attributes=attributes,
         x=x,
@@ -172,17 +157,16 @@ def scene(seed: int, index: int, split: str = "all") -> Scene:
         radius=radius,
         degrees=degrees,
         fill=fill,
-        fill_second=_towards(fill, dice.pick([(255, 255, 255), (0, 0, 0)]), dice.between(38, 55)),
+        fill_second=_towards(fill, dice.pick([(255, 255, 255), (0, 0, 0)]), dice.between(28, 42)),
         fill_period=dice.between(8200, 11000),
         outline=_vary((26, 24, 32) if dark else (236, 234, 228), 14, dice),
         ground=ground,
         ground_second=ground_second,
         ground_far=ground_far,
         ground_degrees=dice.between(0, 359),
-        ground_period=dice.between(9000, 17000),
+        ground_period=dice.between(12000, 20000),
         ground_phase=dice.between(0, SIDE - 1),
-        light=(dice.between(-70, 70), dice.between(-70, 70)),
-        spots=spots,
+        light=(dice.between(-90, 90), dice.between(-90, 90)),
         noise=dice.word(),
         caption=_caption(attributes, dice),
     )
