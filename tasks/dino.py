@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tasks.block_masks import Hidden
 from tasks.centering import Centering
+from tasks.class_token import answers_alone, class_token
 from tasks.dino_head import DINOHead, HeadConfig
 from tasks.dino_health import dino_health
 from tasks.dino_loss import DINOLoss
@@ -81,6 +82,7 @@ class Branch(nn.Module):
         self.head = DINOHead(encoder.width, head)
         self.patch_head = DINOHead(encoder.width, ibot.head) if ibot and ibot.head else None
         self.mask_token = nn.Parameter(torch.zeros(1, encoder.width)) if ibot else None
+        self._alone = answers_alone(encoder)
         self._pool: Literal["cls", "mean"] = "cls" if encoder.config.class_token else "mean"
 
     def forward(
@@ -93,6 +95,8 @@ class Branch(nn.Module):
             hidden: which patches to give; None: none.
             mask: do not show them.
         """
+        if hidden is None and self._alone:
+            return class_token(self.encoder, images), None
         shown = {"mask": hidden.mask, "mask_token": self.mask_token} if hidden and mask else {}
         tokens = self.encoder(images, **shown)
         patches = tokens.patches.flatten(0, 1)[hidden.places] if hidden else None

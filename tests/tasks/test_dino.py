@@ -1,5 +1,8 @@
 """DINO as a plain module: its loss against the naive one, what a forward pass may change, and what it refuses."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 from tasks import soft_cross_entropy as sce
 from tasks.block_masks import hide_blocks
 from tasks.centering import Centering
+from tasks.class_token import answers_alone, class_token
 from tasks.dino import DINO, IBOTConfig
 from tasks.dino_head import DINOHead, HeadConfig
 from tasks.dino_loss import DINOLoss
@@ -137,9 +141,30 @@ def test_views_of_one_size_pass_together_and_alone_alike() -> None:
         alone = torch.stack([model.student.head(model.student(view)[0]) for view in many])
     torch.testing.assert_close(whole, alone)
     calls: list[torch.Size] = []
-    model.student.encoder.register_forward_pre_hook(lambda _m, inputs: calls.append(inputs[0].shape))
+    model.student.encoder.blocks[0].register_forward_pre_hook(lambda _m, inputs: calls.append(inputs[0].shape))
     model(many, small, 0.04)
-    assert calls == [(6, 3, 16, 16), (12, 3, 8, 8)]
+    assert calls == [(6, 17, 24), (12, 5, 24)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"registers": 2, "layer_scale": 0.5, "drop_path": 0.5}, {"positions": "sincos2d"}]
+)
+def test_the_class_token_alone_is_the_class_token(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(replace(TINY, **changes)).double()
+    assert answers_alone(encoder) and not answers_alone(Encoder(replace(TINY, positions="rope")))
+    images = torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    tokens = []
+    for features in (lambda: encoder(images).prefix[:, 0], lambda: class_token(encoder, images)):
+        torch.manual_seed(1)  # drop path
+        tokens.append(features())
+    torch.testing.assert_close(*tokens, rtol=1e-12, atol=1e-13)
+    gradients = [
+        torch.autograd.grad(token.square().sum(), list(encoder.parameters()), allow_unused=True) for token in tokens
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or (a - b).abs().max() < 1e-11
 
 
 def test_the_teacher_drops_nothing_and_its_batch_norm_goes_by_the_batch() -> None:
