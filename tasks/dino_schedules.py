@@ -3,10 +3,10 @@
 import math
 
 
-def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> float:
-    """Linear warm-up from 0 to `start`, both included, then half a cosine to `end`, which is never quite reached.
+def cosine(step: int, total: int, start: float, end: float, warmup: int = 0, first: float = 0.0) -> float:
+    """Linear warm-up from `first` to `start`, both included, then half a cosine to `end`, which is never quite reached.
 
-    The first step has 0 and the last of the warm-up `start`, as has the step after it (MAE's warm-up differs).
+    The last step of the warm-up has `start`, as has the step after it (MAE's warm-up differs).
 
     Args:
         step: optimiser steps done so far.
@@ -14,9 +14,10 @@ def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> 
         start: value after the warm-up.
         end: value one step after the last.
         warmup: steps of the warm-up, less than `total`.
+        first: value of step 0 if there is a warm-up.
     """
     if step < warmup:
-        return start * step / (warmup - 1) if warmup > 1 else 0.0
+        return first + (start - first) * step / (warmup - 1) if warmup > 1 else first
     progress = (step - warmup) / (total - warmup)
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * progress))
 

@@ -148,7 +148,7 @@ class DINOTask(PretrainTask):
         for name in ("freeze_last_layer_epochs", "head_warmup_epochs", "warmup_teacher_temp_epochs"):
             epochs: float = getattr(self, name)
             steps = epochs * steps_per_epoch
-            if epochs and steps >= total:
+            if steps > total or (steps == total and "teacher_temp" not in name):
                 raise TaskError(
                     f"{name} {epochs:g} ({steps:g} steps) is not shorter than the run of {total}: shorten it"
                 )
