@@ -59,8 +59,7 @@ def _config(data: Path, output: Path, steps: int) -> tuple[Any, Namespace]:
 def _program(data: Path, output: Path, steps: int) -> list[float]:
     cli, config = _config(data, output, steps)
     clock = _Clock()
-    config.trainer.callbacks = [clock]
-    train(cli, config)
+    train(cli, config, [clock])
     return _gaps(clock.ends)
 
 

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ def pretrain_command(arguments: list[str]) -> int:
     return 0
 
 
-def train(cli: PretrainCLI, config: Namespace) -> Path:
+def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = ()) -> Path:
     """Train, or go on training, the run that `config` describes; returns its folder.
+
+    Args:
+        cli, config: from `pretrain.config.parse`.
+        callbacks: further ones, behind the run's own and before those of `trainer.callbacks`.
 
     Raises:
         RunError: what the user gave cannot work; nothing was lost.
@@ -61,7 +66,7 @@ def train(cli: PretrainCLI, config: Namespace) -> Path:
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
-        trainer, progress = _trainer(config, parts.trainer, directory, stop)
+        trainer, progress = _trainer(config, parts.trainer, directory, stop, callbacks)
         _lay_out(trainer, data, config)
 
         resolved = plain(config)
@@ -89,20 +94,20 @@ def train(cli: PretrainCLI, config: Namespace) -> Path:
 
 
 def _trainer(
-    config: Namespace, settings: Namespace, directory: RunDirectory, stop: StopRequest
+    config: Namespace, settings: Namespace, directory: RunDirectory, stop: StopRequest, more: Sequence[Callback]
 ) -> tuple[Trainer, Progress]:
     phases = PhaseTimer()
     guard = FiniteGuard(directory.checkpoints, stop)
     metrics = Metrics(directory.metrics, config.log_every, phases, guard)
     progress = Progress(metrics)
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
-    callbacks: list[Callback] = [
+    callbacks = [
         guard, metrics, progress, Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
     ]  # fmt: skip
     own: dict[str, Any] = {
         "max_steps": config.trainer.max_steps,
         "max_epochs": -1,  # one long nominal epoch: everything is driven by the optimiser step
-        "callbacks": [*callbacks, *_as_list(settings.callbacks)],
+        "callbacks": [*callbacks, *more, *_as_list(settings.callbacks)],
         "logger": _wandb(config, directory) or False,
         "profiler": phases,
         "enable_checkpointing": False,

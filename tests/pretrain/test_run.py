@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from pretrain.cli import main
+from pretrain.config import parse
+from pretrain.run import train
 from tests.pretrain.conftest import pretrain
 
 
@@ -66,12 +68,10 @@ def test_epochs_become_steps(small: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [3, 6, 7])
-def test_resume_is_exact(stop_at: int, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_exact(stop_at: int, small: list[str], tmp_path: Path) -> None:
     """Killed without warning after `stop_at` steps, with accumulation and drop path: bit for bit the same losses."""
     more = ["--data.device_batch_size", "8", "--model.encoder.drop_path", "0.2", "--checkpoint_every", "3"]
     assert pretrain(*small, *more, "--output", tmp_path / "whole") == 0
-
-    from lightning.pytorch import Callback
 
     class Killed(Exception):
         pass
@@ -81,13 +81,8 @@ def test_resume_is_exact(stop_at: int, small: list[str], tmp_path: Path, monkeyp
             if trainer.global_step == stop_at:
                 raise Killed
 
-    from pretrain import run as run_module
-
-    original = run_module._as_list
-    monkeypatch.setattr(run_module, "_as_list", lambda value: [*original(value), Killer()])
     with pytest.raises(Killed):
-        pretrain(*small, *more, "--output", tmp_path / "killed")
-    monkeypatch.setattr(run_module, "_as_list", original)
+        train(*parse([*small, *more, "--output", str(tmp_path / "killed")]), [Killer()])
     assert pretrain(*small, *more, "--output", tmp_path / "killed") == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
