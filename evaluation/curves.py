@@ -57,7 +57,7 @@ def _curve(run: Run, name: str) -> Curve:
 def draw_curves(name: str, each: Sequence[Curve], order: Sequence[str]) -> str:
     """One panel as inline SVG; a run keeps its colour and dashes (its place in `order`) in all panels."""
     title = TITLES.get(name, name)
-    with figure(430, 250) as (drawing, axes):
+    with figure(360, 215) as (drawing, axes):
         for curve in each:
             i = order.index(curve.run) % len(SERIES)
             style = {"color": SERIES[i], "linestyle": DASHES[i]}
