@@ -33,10 +33,10 @@ FAMILIES = [  # the smallest that timm has of each
     pytest.param("test_vit", id="ViT"),
     pytest.param("test_convnext", id="ConvNeXt"),
     pytest.param("swin_for_tests", id="Swin"),
-    pytest.param("xcit_nano_12_p16_224", id="XCiT", marks=pytest.mark.slow),
-    pytest.param("pvt_v2_b0", id="PVT", marks=pytest.mark.slow),
-    pytest.param("mobilevitv2_050", id="MobileViT", marks=pytest.mark.slow),
-    pytest.param("vit_tiny_r_s16_p8_224", id="hybrid", marks=pytest.mark.slow),
+    pytest.param("xcit_nano_12_p16_224", id="XCiT"),
+    pytest.param("pvt_v2_b0", id="PVT"),
+    pytest.param("mobilevitv2_050", id="MobileViT"),
+    pytest.param("vit_tiny_r_s16_p8_224", id="hybrid"),
 ]
 
 
