@@ -61,7 +61,7 @@ class BadSamples:
                 os.close(file)
         self._known |= new.keys()
         allowed = self.budget * min(self.num_samples, max(drawn, _A_FAIR_SAMPLE))
-        if self.count > allowed:
+        if self.count > (max(1, allowed) if self.budget else 0):
             last = bad[-1]
             named = f"; all are named in {self.path}" if self.path else ""
             raise DataError(

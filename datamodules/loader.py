@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.errors import DataError
+from datamodules.workers import available_cores
 
 _MOST_WORKERS = 16
 
@@ -82,19 +83,6 @@ def _any_was_killed(workers: list[Any]) -> bool:
     for worker in workers:
         worker.join(0.2)
     return any(worker.exitcode not in (None, 0) for worker in workers)
-
-
-def available_cores(local_ranks: int = 1) -> int:
-    """CPU cores of this rank: by affinity, container quota and SLURM, shared by the `local_ranks` of its node."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu.max") as file:  # noqa: PTH123 - not a file of ours
-            quota, period = file.read().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    if of_task.isdecimal() and "SLURM_PROCID" in os.environ:
-        return max(1, min(cores, int(of_task)))
-    return max(1, cores // local_ranks)
 
 
 def default_workers(local_ranks: int = 1, *, on_accelerator: bool) -> int:

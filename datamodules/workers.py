@@ -1,5 +1,6 @@
 """Work spread over processes, with progress; nothing is left running when it is interrupted or its parent is killed."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -18,9 +19,17 @@ Tick = Callable[[int], object]
 """Called with the number of things done since the last call."""
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(local_ranks: int = 1) -> int:
+    """CPU cores of this rank: by affinity, container quota and SLURM, shared by the `local_ranks` of its node."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu.max") as file:  # noqa: PTH123 - not a file of ours
+            quota, period = file.read().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    of_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if of_task.isdecimal() and "SLURM_PROCID" in os.environ:
+        return max(1, min(cores, int(of_task)))
+    return max(1, cores // local_ranks)
 
 
 def spread(

@@ -50,7 +50,9 @@ class Run:
     @property
     def max_steps(self) -> int | None:
         """How long the run is meant to be."""
-        steps = self.get("trainer.max_steps")
+        steps, epochs, done = self.get("trainer.max_steps"), self.get("epochs"), self.metrics.get("epoch", np.array([]))
+        if epochs is not None and len(done):
+            return max(1, round(float(epochs) * self.step / float(done[-1])))
         return steps if isinstance(steps, int) and steps > 0 else None
 
     @property

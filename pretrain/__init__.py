@@ -21,4 +21,11 @@ def pretrain(config: str | Path, output: str | Path, settings: Mapping[str, Any]
     from pretrain.run import train
 
     given = {"config": config, "output": output, **(settings or {})}  # the config first: later keys override it
-    return train(*parse([f"--{key}={value}" for key, value in given.items()]))
+    return train(*parse([f"--{key}={_as_argument(value)}" for key, value in given.items()]))
+
+
+def _as_argument(value: Any) -> str:
+    """A Python value as the command line would have it."""
+    import json
+
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from datamodules.errors import DataError
 from pretrain.errors import RunError
 from pretrain.guard import FiniteGuard
 from pretrain.stop import StopRequest
@@ -43,6 +44,11 @@ class Checkpoints(Callback):
             self.save(trainer)
         if self.stop.agreed is not None:
             trainer.should_stop = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Too many bad samples end a run between two steps: keep what was learned (alone: saving is collective)."""
+        if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.global_step > self._saved_step:
+            self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Collective: write aside, flush to the disk, rename; a full disk leaves the previous checkpoint as it is."""

@@ -22,6 +22,11 @@ DERIVED = {
     "enable_checkpointing": "checkpoint_every",
     "default_root_dir": "output",
     "fast_dev_run": "trainer.max_steps",
+    "min_steps": "trainer.max_steps",
+    "enable_progress_bar": "nothing: the bar becomes few lines in a log file",
+    "enable_model_summary": "nothing: there is none",
+    "num_sanity_val_steps": "trivit evaluate",
+    "use_distributed_sampler": "nothing: the stream is shared by the ranks already",
 }
 
 
@@ -57,7 +62,10 @@ def fill_in(config: Namespace) -> None:
             "set the crop size only, the encoder follows it"
         )
     encoder.image_size = crop
-    encoder.mean, encoder.std = config.data.mean, config.data.std
+    for name in ("mean", "std"):
+        if tuple(encoder[name]) not in (default[name], tuple(config.data[name])):
+            raise RunError(f"model.encoder.{name} follows data.{name}; set data.{name} only")
+        encoder[name] = config.data[name]
 
 
 def max_steps(config: Namespace, steps_per_epoch: int) -> int:

@@ -84,7 +84,7 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     synth.add_argument("--samples", type=int, default=20_000)
     synth.add_argument("--size", type=int, default=64, help="pixels per side (default 64)")
     synth.add_argument("--seed", type=int, default=0)
-    synth.add_argument("--samples-per-shard", type=int, default=2_000)
+    synth.add_argument("--samples-per-shard", type=int, help="default 1,000; fewer for a small set")
 
     pack = _command(kinds, "pack", _pack, "pack class folders, a flat folder, or a tar of either into shards")
     pack.add_argument("source", metavar="SRC")

@@ -2,13 +2,14 @@
 
 The loss is known when the forward pass ends, so it is copied to the host behind the forward pass and read after the
 backward pass has been queued: an accelerator never waits for the check. The gradient norm is only known when the
-backward pass has ended; it is read one optimiser step later, or before a checkpoint is written, whichever comes first.
+backward pass has ended. On a CPU it is checked at once; an accelerator itself skips an optimiser step whose norm is
+bad, and the host learns of it one step later, or before a checkpoint is written, whichever comes first.
 """
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,6 +18,15 @@ from torch.optim import Optimizer
 
 from pretrain.errors import NonFiniteError
 from pretrain.stop import StopRequest
+from tasks.gradients import skip_step_unless_finite
+
+
+class Norm(NamedTuple):
+    """Gradient norm of an optimiser step (counted from 1), perhaps still on its way, and the samples behind it."""
+
+    step: int
+    norm: Tensor
+    keys: list[list[str]]
 
 
 class FiniteGuard(Callback):
@@ -25,9 +35,10 @@ class FiniteGuard(Callback):
     def __init__(self, directory: Path, stop: StopRequest) -> None:
         self.directory = directory
         self.stop = stop
-        self.grad_norm: Tensor | None = None  # of the newest optimiser step, not yet read
+        self.grad_norm: Tensor | None = None  # of the newest optimiser step
         self._losses: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self._keys: list[list[str]] = []
+        self._unread = Norm(0, torch.zeros(()), [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember which samples this micro-batch holds."""
@@ -50,38 +61,51 @@ class FiniteGuard(Callback):
         for loss, event in self._losses:
             if event is not None:
                 event.synchronize()
-            losses.append(float(loss))
+            losses.append(float(loss) * trainer.accumulate_grad_batches)
         bad_micro = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        bad_norm = self._norm_is_bad(trainer)
-        if self.stop.agree(bad_micro is not None or bad_norm, pl_module.device):
-            self._give_up(trainer, losses, bad_micro, bad_norm)
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        self.grad_norm = torch.stack(torch._foreach_norm(gradients)).square().sum().sqrt() if gradients else None
-        self._losses.clear()
-        self._keys.clear()
+        self.grad_norm = torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.zeros(())
+        now = Norm(trainer.global_step + 1, self.grad_norm, self._keys)
+        if not self.grad_norm.is_cuda:
+            self._unread = now
+        bad_norm = self._norm_is_bad(trainer)
+        if self.stop.agree(bad_micro is not None or bad_norm):
+            keys = self._unread.keys if bad_micro is None else [self._keys[bad_micro]]
+            step = self._unread.step if bad_micro is None and bad_norm else trainer.global_step + 1
+            self._give_up(trainer, step, losses, bad_norm and bad_micro is None, keys)
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            skip_step_unless_finite(optimizer, self.grad_norm)
+        self._unread, self._losses, self._keys = now, [], []
 
     def check_before_saving(self, trainer: Trainer) -> None:
-        """Collective: a checkpoint must never hold what a bad gradient made of the weights."""
-        if self.stop.agree(self._norm_is_bad(trainer), trainer.strategy.root_device):
-            self._give_up(trainer, [], None, True)
+        """Collective: a checkpoint must not be written as if nothing were wrong."""
+        if self.stop.agree(self._norm_is_bad(trainer)):
+            self._give_up(trainer, self._unread.step, [], True, self._unread.keys)
 
     def _norm_is_bad(self, trainer: Trainer) -> bool:
-        if self.grad_norm is None or getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return False  # a gradient scaler overflows on purpose and skips such steps itself
-        return not math.isfinite(float(self.grad_norm))
+        return not math.isfinite(float(self._unread.norm))
 
-    def _give_up(self, trainer: Trainer, losses: list[float], bad_micro: int | None, bad_norm: bool) -> None:
-        step = trainer.global_step + (0 if bad_norm else 1)
-        facts = {"step": step, "rank": trainer.global_rank, "losses": losses, "gradient_norm_bad": bad_norm,
-                 "keys": self._keys[bad_micro] if bad_micro is not None else []}  # fmt: skip
+    def _give_up(
+        self, trainer: Trainer, step: int, losses: list[float], bad_norm: bool, micro_batches: list[list[str]]
+    ) -> None:
+        keys = [key for micro_batch in micro_batches for key in micro_batch]
+        facts = {
+            "step": step,
+            "rank": trainer.global_rank,
+            "losses": losses,
+            "gradient_norm_bad": bad_norm,
+            "keys": keys,
+        }
         note = self.directory / f"non_finite_rank{trainer.global_rank}.json"
         self.directory.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(facts, indent=1))
         state = self.directory / "non_finite.ckpt"
         trainer.save_checkpoint(state)
         what = "a gradient" if bad_norm else "the loss"
-        keys = ", ".join(facts["keys"][:4]) or "see the notes of the other ranks"  # type: ignore[index]
         raise NonFiniteError(
-            f"{what} became NaN or infinite at step {step} (samples {keys}, all in {note}); the state was saved to "
-            f"{state}, last.ckpt is untouched. Try a lower rate, a longer warm-up, bf16 or fp32 instead of fp16"
+            f"{what} became NaN or infinite at step {step} (samples {', '.join(keys[:4])} ..., all in {note}); the "
+            f"state before it was saved to {state}, last.ckpt is untouched. Try a lower rate, a longer warm-up, bf16 "
+            "or fp32 instead of fp16"
         )

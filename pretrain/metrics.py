@@ -32,14 +32,14 @@ class Metrics(Callback):
         self.newest: dict[str, float] = {}
         self._seconds = 0.0  # training time before this process and up to the last row
         self._sums: dict[str, Tensor] = {}
-        self._micro_steps = 0
-        self._row_step = 0
+        self._row_step = 0  # the step after which the next row begins
+        self._clock_step = 0  # the step at which `_since` was read
         self._since = 0.0
         self._columns: list[str] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut the file back to the step that training goes on from."""
-        self._row_step = trainer.global_step
+        self._clock_step = trainer.global_step
         self._since = time.perf_counter()
         if trainer.is_global_zero:
             self._columns = cut_back(self.path, trainer.global_step)
@@ -50,26 +50,24 @@ class Metrics(Callback):
         """Add the micro-batch; write a row when it is time."""
         for name, value in outputs.items():
             value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            if name != "loss":  # which Lightning has divided already
+                value = value / trainer.accumulate_grad_batches
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._micro_steps += 1
         step = trainer.global_step
         at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if at_boundary and step > self._row_step and (step % self.every == 0 or step == trainer.max_steps):
             self._write(trainer, pl_module, step)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        means = {name: total / self._micro_steps for name, total in self._sums.items()}
-        if trainer.world_size > 1:
-            reduced = trainer.strategy.reduce(torch.stack([v.to(pl_module.device) for v in means.values()]), "mean")
-            means = dict(zip(means, reduced, strict=True))
-        values = {f"train/{name}": float(value) for name, value in means.items()}  # waits for the device here
+        sums = self._over_ranks(trainer)
+        values = {f"train/{name}": float(total) / (step - self._row_step) for name, total in sums.items()}  # waits here
         elapsed = time.perf_counter() - self._since
         self._seconds += elapsed
         data = trainer.datamodule  # type: ignore[attr-defined]
         values["train/lr"] = float(pl_module.lr_now)  # type: ignore[arg-type]
         if self.guard.grad_norm is not None:
             values["train/grad_norm"] = float(self.guard.grad_norm)
-        values["train/images_per_second"] = (step - self._row_step) * data.global_batch_size / elapsed
+        values["train/images_per_second"] = (step - self._clock_step) * data.global_batch_size / elapsed
         values["train/data_wait"] = min(1.0, self.phases.take("data") / elapsed)
         row = {"step": step, "epoch": step / data.steps_per_epoch, "seconds": self._seconds, **values}
         self.newest = row
@@ -77,7 +75,8 @@ class Metrics(Callback):
             self._append(row)
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=step)
-        self._sums, self._micro_steps, self._row_step = {}, 0, step
+        self._sums = {}
+        self._row_step = self._clock_step = step
         self._since = time.perf_counter()
 
     def _append(self, row: dict[str, float]) -> None:
@@ -88,13 +87,26 @@ class Metrics(Callback):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns, restval="").writerow({k: _number(v) for k, v in row.items()})
 
-    def state_dict(self) -> dict[str, Any]:
-        """Training time so far, in seconds."""
-        return {"seconds": self._seconds + (time.perf_counter() - self._since if self._since else 0.0)}
+    def _over_ranks(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Collective: the sums so far, as means over the ranks."""
+        if trainer.world_size == 1 or not self._sums:
+            return self._sums
+        stacked = torch.stack([value.to(trainer.strategy.root_device) for value in self._sums.values()])
+        return dict(zip(self._sums, trainer.strategy.reduce(stacked, reduce_op="mean"), strict=True))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Collective (every rank assembles the checkpoint): training time so far, and the row that is half full."""
+        checkpoint["metrics"] = {
+            "seconds": self._seconds + time.perf_counter() - self._since,
+            "sums": {name: total.cpu() for name, total in self._over_ranks(trainer).items()},
+            "row_step": self._row_step,
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on counting from the checkpoint."""
-        self._seconds = float(state_dict["seconds"])
+        state = checkpoint["metrics"]
+        self._seconds, self._row_step = float(state["seconds"]), int(state["row_step"])
+        self._sums = {name: total.to(trainer.strategy.root_device) for name, total in state["sums"].items()}
 
 
 def read(path: Path) -> list[dict[str, str]]:

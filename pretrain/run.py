@@ -4,6 +4,7 @@ Read `train` from top to bottom: it is the whole life of a run.
 """
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
@@ -26,7 +28,7 @@ from pretrain.guard import FiniteGuard
 from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
 from pretrain.progress import Progress
-from pretrain.run_directory import RunDirectory
+from pretrain.run_directory import RunDirectory, launched_rank
 from pretrain.stop import StopRequest
 from tasks.task import PretrainTask
 
@@ -52,7 +54,6 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
     """
     _quiet()
     stop = StopRequest()
-    stop.listen(signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C still ends the start-up at once: there is nothing to save yet
     check(config)
     fill_in(config)
     directory = RunDirectory(Path(config.output))
@@ -70,6 +71,8 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         _lay_out(trainer, data, config)
 
         resolved = plain(config)
+        if config.epochs is not None:
+            resolved["trainer"]["max_steps"] = -1  # the length is said once, so that config.yaml is itself a config
         if directory.config.exists():
             directory.check_same_run(resolved, config.allow_changes)
         done = directory.step()
@@ -80,10 +83,15 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             directory.write_config(yaml.safe_dump(resolved, sort_keys=False))
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
+        stop.listen(signal.SIGTERM, signal.SIGUSR1)  # until training starts Ctrl-C ends at once: nothing is lost by it
         data.allow_changes = any(key.split(".")[0] == "data" for key in config.allow_changes)
         try:
             checkpoint = directory.last if done is not None else None
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has made an exit code 1 of it
+                raise KeyboardInterrupt from error
+            raise
         finally:
             progress.close()
         _say_how_it_ended(trainer, stop, directory)
@@ -119,11 +127,17 @@ def _trainer(
     }
     try:
         return Trainer(**{**dict(settings), **own}), progress
-    except (ValueError, TypeError, RuntimeError) as error:  # MisconfigurationException is one of them
+    except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"the trainer settings cannot work here: {error}") from error
 
 
 def _lay_out(trainer: Trainer, data: ShardDataModule, config: Namespace) -> None:
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or trainer.world_size)
+    if started != trainer.world_size:
+        raise RunError(
+            f"{started} processes were started, but trainer.devices and trainer.num_nodes make {trainer.world_size}; "
+            "set --trainer.devices to the processes of a node, --trainer.num_nodes, and --trainer.strategy ddp"
+        )
     layout = data.layout(trainer.world_size)
     trainer.accumulate_grad_batches = layout.accumulate
     if trainer.is_global_zero:
@@ -146,18 +160,23 @@ def _wandb(config: Namespace, directory: RunDirectory) -> Logger | None:
     from lightning.pytorch.loggers import WandbLogger
 
     try:
-        return WandbLogger(
+        logger = WandbLogger(
             name=directory.path.name, save_dir=str(directory.path), project="trivit", offline=config.wandb == "offline",
             id=directory.wandb_id(), resume="allow", config=plain(config), log_model=False,
         )  # fmt: skip
+        if launched_rank() == 0:
+            assert logger.experiment is not None  # signs in now, not after the data has been read
     except (wandb.errors.Error, ValueError) as error:
         raise RunError(f"wandb: {error}; log in with `wandb login`, or use --wandb offline") from error
+    return logger
 
 
 def _say_how_it_ended(trainer: Trainer, stop: StopRequest, directory: RunDirectory) -> None:
     step, total = trainer.global_step, trainer.max_steps
+    if step < total and stop.agreed is None:
+        raise RunError(f"a callback ended the run at step {step} of {total}; it goes on from the last checkpoint")
     if step < total:
-        assert stop.agreed is not None, "training ended early without a reason"
+        assert stop.agreed is not None
         raise Interrupted(
             f"{signal.Signals(stop.agreed).name} received: saved {directory.last} at step {step} of {total}; "
             "the same command goes on from there",

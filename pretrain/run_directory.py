@@ -5,6 +5,7 @@ config.yaml   metrics.csv   checkpoints/last.ckpt   bad_samples.jsonl   results.
 
 import fcntl
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,14 +33,22 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self._lock: TextIO | None = None
+        self._created = False
 
     def claim(self) -> None:
-        """Create the folder and lock it; RunError when it is something else's or another process trains in it."""
+        """Create the folder and lock it; RunError when it is something else's or another process trains in it.
+
+        Only the first rank of a run locks; the others would be refused by their own first one.
+        """
         if self.path.is_file():
             raise RunError(f"--output {self.path} is a file; name a folder")
-        if self.path.is_dir() and not self.config.exists() and any(p.name != ".lock" for p in self.path.iterdir()):
+        ours = (".lock", "config.yaml.part")
+        if self.path.is_dir() and not self.config.exists() and any(p.name not in ours for p in self.path.iterdir()):
             raise RunError(f"--output {self.path} holds files but no trivit run; name a new or empty folder")
+        if launched_rank() != 0:
+            return
         try:
+            self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
@@ -47,17 +56,19 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
+            self._lock = None
             raise RunError(f"another process trains in {self.path}; wait for it or name another --output") from error
 
     def release(self) -> None:
-        """Let another process train here; a folder in which nothing happened is removed."""
+        """Let another process train here; a folder that we made and in which nothing happened is removed."""
         if self._lock is None:
             return
+        if self._created and [p.name for p in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()  # still locked, so nobody else has begun here
+            self.path.rmdir()
         self._lock.close()
         self._lock = None
-        if [p.name for p in self.path.iterdir()] == [".lock"]:
-            (self.path / ".lock").unlink()
-            self.path.rmdir()
 
     def write_config(self, text: str) -> None:
         """Write config.yaml aside and rename it."""
@@ -78,7 +89,12 @@ class RunDirectory:
 
         Keys under a prefix in `allowed` may differ too: the user said so.
         """
-        saved = flatten(yaml.safe_load(self.config.read_text()) or {})
+        try:
+            saved = flatten(yaml.safe_load(self.config.read_text()))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunError(
+                f"{self.config} is damaged; restore it, or remove it to go on with the new settings"
+            ) from error
         now = flatten(config)
         free = (*MAY_CHANGE, *allowed)
         changed = [
@@ -89,10 +105,19 @@ class RunDirectory:
         if changed:
             what = "; ".join(f"{key}: {saved.get(key)} -> {now.get(key)}" for key in changed[:5])
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            allow = ",".join(changed if len(changed) <= 5 else ["model", "data", "trainer"])
             raise RunError(
                 f"{self.path} is a run with other settings ({what}{more}); name another --output, or go on with the "
-                f"new ones by --allow_changes [{','.join(changed)}]"
+                f"new ones by --allow_changes [{allow}]"
             )
+
+
+def launched_rank() -> int:
+    """Rank of this process as its launcher (torchrun, srun, Lightning) says, before there is a process group."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

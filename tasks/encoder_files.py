@@ -30,6 +30,8 @@ FORMAT = 1
 def save_encoder(encoder: Encoder, path: str | Path) -> None:
     """Writes an encoder alone: timm's parameter names, the config as JSON metadata; aside first, then renamed."""
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise TaskError(f"cannot write {path}: the name of an exported encoder ends in .safetensors")
     metadata = {"trivit": json.dumps({"format": FORMAT, "encoder": asdict(encoder.config)}), "format": "pt"}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.trunk.state_dict().items()}
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -159,6 +161,8 @@ def _read_export(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
 
 def _read_lightning(content: dict[str, Any], path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
     about = content["trivit"]
+    if not isinstance(about, dict) or not {"encoder", "encoder_prefix"} <= about.keys():
+        raise TaskError(f"{path} does not say which encoder it holds: it is damaged, or of another version of trivit")
     prefix = f"{about['encoder_prefix']}trunk."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     return config_from_dict(about["encoder"], str(path)), state

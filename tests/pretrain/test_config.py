@@ -34,6 +34,10 @@ BAD = {
     "accumulation is ours": (["--trainer.accumulate_grad_batches", "2"], ["device_batch_size"]),
     "epochs are ours": (["--trainer.max_epochs", "2"], ["epochs"]),
     "log of nothing": (["--log_every", "0"], ["log_every"]),
+    "bar is ours": (["--trainer.enable_progress_bar", "false"], ["enable_progress_bar"]),
+    "mean follows the data": (["--model.encoder.mean", "[0.5,0.5,0.5]"], ["data.mean"]),
+    "an accelerator that is not here": (["--trainer.accelerator", "tpu"], ["trainer"]),
+    "no device": (["--trainer.devices", "0"], ["trainer"]),
     "no such accelerator": (["--trainer.accelerator", "abacus"], ["abacus"]),
     "wandb mode": (["--wandb", "maybe"], ["wandb"]),
 }

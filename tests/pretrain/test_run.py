@@ -2,21 +2,28 @@
 
 import csv
 import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 
+from datamodules.shard_writer import ShardWriter
+from pretrain import pretrain as pretrain_from_python
 from pretrain.cli import main
 from pretrain.config import parse
+from pretrain.errors import NonFiniteError, RunError
 from pretrain.run import train
 from tests.pretrain.conftest import pretrain
 
@@ -56,8 +63,16 @@ def test_a_run_leaves_what_the_contract_names(
     assert len(losses(run)) == 8
 
 
-def test_a_resolved_config_is_a_config(small: list[str], tmp_path: Path) -> None:
-    assert pretrain(*small, "--output", tmp_path / "a") == 0
+def test_the_logged_loss_does_not_depend_on_accumulation(small: list[str], tmp_path: Path) -> None:
+    for size in ("16", "4"):
+        assert pretrain(*small, "--output", tmp_path / size, "--data.device_batch_size", size) == 0
+    for (_, whole), (_, parts) in zip(losses(tmp_path / "16"), losses(tmp_path / "4"), strict=True):
+        assert float(parts) == pytest.approx(float(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [["--trainer.max_steps", "8"], ["--trainer.max_steps", "-1", "--epochs", "0.5"]])
+def test_a_resolved_config_is_a_config(length: list[str], small: list[str], tmp_path: Path) -> None:
+    assert pretrain(*small, *length, "--output", tmp_path / "a") == 0
     assert pretrain("--config", tmp_path / "a/config.yaml", "--output", tmp_path / "b") == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
@@ -67,10 +82,11 @@ def test_epochs_become_steps(small: list[str], tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize("stop_at", [3, 6, 7])
-def test_resume_is_exact(stop_at: int, small: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop_at", "log_every"), [(3, "1"), (6, "4"), (7, "1")])
+def test_resume_is_exact(stop_at: int, log_every: str, small: list[str], tmp_path: Path) -> None:
     """Killed without warning after `stop_at` steps, with accumulation and drop path: bit for bit the same losses."""
     more = ["--data.device_batch_size", "8", "--model.encoder.drop_path", "0.2", "--checkpoint_every", "3"]
+    more += ["--log_every", log_every]
     assert pretrain(*small, *more, "--output", tmp_path / "whole") == 0
 
     class Killed(Exception):
@@ -130,6 +146,112 @@ def test_nan_stops_the_run_and_names_step_and_samples(
     assert (run / "checkpoints/non_finite.ckpt").exists()
 
 
+def test_a_bad_gradient_never_reaches_the_weights_and_names_its_own_samples(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[list[str]] = []
+
+    class Poison(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            seen.append(batch["key"])
+
+        def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.global_step == 3:
+                next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(float("nan"))
+
+    run = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match="a gradient became NaN or infinite at step 4"):
+        train(*parse([*small, "--output", str(run)]), [Poison()])
+    facts = json.loads((run / "checkpoints/non_finite_rank0.json").read_text())
+    assert facts["step"] == 4 and facts["keys"] == seen[3]
+    state = torch.load(run / "checkpoints/non_finite.ckpt", weights_only=True)["state_dict"]
+    assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
+
+
+def test_too_many_bad_samples_keep_what_was_learned(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    with ShardWriter(data, samples_per_shard=100, classes=()) as writer:
+        for i in range(96):
+            buffer = io.BytesIO()
+            Image.effect_noise((20, 20), 60).convert("RGB").save(buffer, "PNG")
+            writer.write(f"{i:03d}", {"png": b"nothing" if i % 12 == 5 else buffer.getvalue()})
+    run = tmp_path / "run"
+    arguments = [*small, "--data.train", str(data), "--output", str(run), "--trainer.max_steps", "30"]
+    assert pretrain(*arguments, "--data.bad_sample_budget", 0.05) == 2
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: "))
+    assert "bad_sample_budget" in line and len((run / "bad_samples.jsonl").read_text().splitlines()) > 4
+    reached = len(losses(run))
+    if reached:
+        assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == reached
+    assert pretrain(*arguments, "--data.bad_sample_budget", 0.2) == 0
+    assert len(losses(run)) == 30
+
+
+def test_a_callback_may_end_the_run(small: list[str], tmp_path: Path) -> None:
+    class Enough(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            trainer.should_stop = True
+
+    with pytest.raises(RunError, match="a callback ended the run at step 1 of 8"):
+        train(*parse([*small, "--output", str(tmp_path / "run")]), [Enough()])
+
+
+def test_a_damaged_config_is_named(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 2, "--model.warmup_steps", 1) == 0
+    (run / "config.yaml").write_text("seed: [1\n")
+    assert pretrain(*small, "--output", run) == 2
+    assert "config.yaml is damaged" in capsys.readouterr().err
+
+
+def test_handlers_are_given_back_and_threads_may_train(small: list[str], tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert pretrain(*small, "--output", tmp_path / "a", "--trainer.max_steps", 3) == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    codes: list[int] = []
+    thread = threading.Thread(
+        target=lambda: codes.append(pretrain(*small, "--output", tmp_path / "b", "--trainer.max_steps", 3))
+    )
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_python_values_are_settings(small: list[str], drawn: Path, tmp_path: Path) -> None:
+    names, values = small[2::2], small[3::2]
+    settings: dict[str, Any] = {name.removeprefix("--"): value for name, value in zip(names, values, strict=True)}
+    settings |= {"model.lr": None, "model.base_lr": 1e-3, "model.betas": (0.9, 0.99), "trainer.max_steps": 3}
+    run = pretrain_from_python("mae_demo", tmp_path / "run", settings)
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["betas"] == [0.9, 0.99]
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_run(small: list[str], tmp_path: Path) -> None:
+    """torchrun with two processes: one folder, the losses of one process, resumed by one process."""
+    run, alone = tmp_path / "two", tmp_path / "one"
+    more = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--checkpoint_every", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "pretrain.cli", "pretrain", *small, *more, "--output", str(run)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 ranks x 8 x 1 accumulated" in done.stderr
+    assert pretrain(*small, "--output", alone) == 0
+    assert len(losses(run)) == 8
+    for (_, two), (_, one) in zip(losses(run), losses(alone), strict=True):
+        assert float(two) == pytest.approx(float(one), rel=1e-3)
+    done = subprocess.run([*command[: command.index("--trainer.devices")], "--output", str(tmp_path / "wrong")],
+                          capture_output=True, text=True, timeout=240, env=environment)  # fmt: skip
+    assert done.returncode != 0 and "2 processes were started" in done.stderr
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,8 +285,6 @@ def test_a_damaged_checkpoint_is_named(small: list[str], tmp_path: Path, capsys:
 def test_a_plain_folder_of_images_is_packed_once(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
     monkeypatch.setenv("TRIVIT_CACHE", str(tmp_path / "cache"))
     photos = tmp_path / "photos"
     photos.mkdir()
