@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/trivit report $(DEMO)/mae
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
