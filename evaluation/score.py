@@ -143,7 +143,11 @@ def results_file(source: str | os.PathLike[str], output: str | os.PathLike[str] 
 
 
 def merge(place: Path, results: dict[str, Any]) -> None:
-    """Put the results into the file, beside those of other probes that are there already; written aside, renamed."""
+    """Put the results into the file, beside those of other probes that are there already; written aside, renamed.
+
+    Scores of another checkpoint are not kept beside the new ones, nor floors on other test images: they would look
+    comparable.
+    """
     old: dict[str, Any] = {}
     if place.exists():
         try:
@@ -152,9 +156,17 @@ def merge(place: Path, results: dict[str, Any]) -> None:
                 raise ValueError
         except ValueError as error:
             raise EvaluationError(f"{place} is not a JSON object: move it away and evaluate again") from error
-    kept = old.get("floors")
+    kept = old.pop("floors", None)
+    kept = kept if isinstance(kept, dict) else {}
+    now = [_about(result) for name, result in results.items() if name != "floors"]
+    checkpoints = {None, *(checkpoint for checkpoint, _ in now)}
+    other = {name for name, result in old.items() if _about(result)[0] not in checkpoints}
+    if other:
+        print(f"note: dropped {', '.join(sorted(other))}, of another checkpoint", file=sys.stderr)
+        old = {name: result for name, result in old.items() if name not in other}
+    tests = [test for _, test in now]
     merged_floors = {
-        name: {**(kept.get(name, {}) if isinstance(kept, dict) else {}), **floor}
+        name: {probe: r for probe, r in kept.get(name, {}).items() if _about(r)[1] in tests} | floor
         for name, floor in results.get("floors", {}).items()
     }
     new = old | results | ({"floors": merged_floors} if merged_floors else {})
@@ -163,6 +175,13 @@ def merge(place: Path, results: dict[str, Any]) -> None:
         write_aside(place, (json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise EvaluationError(cannot_write(place, error)) from error
+
+
+def _about(result: Any) -> tuple[Any, Any]:
+    """Checkpoint and test images behind a score."""
+    protocol = result.get("protocol", {}) if isinstance(result, dict) else {}
+    test = protocol.get("test")
+    return protocol.get("checkpoint"), test.get("hash") if isinstance(test, dict) else None
 
 
 def about_data(features: Features, given: str | os.PathLike[str]) -> dict[str, Any]:

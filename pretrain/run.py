@@ -200,5 +200,7 @@ def _quiet() -> None:
         ".*max_epochs.*",
         ".*litlogger.*",
         ".*isinstance.*LeafSpec.*",
+        ".*in eval mode at the start.*",
+        ".*overridden .on_before_batch_transfer.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -50,7 +50,8 @@ def test_numbers_come_with_their_protocol(
 
 def test_probes_merge_into_the_file_and_repeat_to_the_last_digit(world: Path, cache: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", train=world / "train")
-    (run / "results.json").write_text('{"zeroshot": {"top1": 12.5}}')
+    old = {"zeroshot": {"top1": 12.5}, "finetune": {"top1": 1.5, "protocol": {"checkpoint": "0123456789abcdef"}}}
+    (run / "results.json").write_text(json.dumps(old))
     first = run_evaluate(run, world / "train", world / "test", probes=("knn",), floors=False)
     run_evaluate(run / "checkpoints" / "last.ckpt", world / "train", world / "test", probes=("linear",), floors=False)
     merged = json.loads((run / "results.json").read_text())
