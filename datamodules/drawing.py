@@ -156,13 +156,11 @@ def _draw_object(image: Shorts, mask: NDArray[np.uint8], scene: Scene, size: int
     rows, columns = _span(scene.y, reach, size), _span(scene.x, reach, size)
     u, v = _object_coordinates(scene, rows, columns, size)
     sixteenths = scene.radius * size >> 12  # the radius in 1/16 pixel
-    distance = (
-        _distance(scene.attributes["shape"], u, v) * sixteenths >> 9
-    )  # in 1/128 pixel: a table's unit is 1/4096 radius
+    distance = _distance(scene.attributes["shape"], u, v) * sixteenths >> 9  # 1/4096 radius to 1/128 pixel
     fall = max(1, sixteenths * 9 >> 10)  # pixels by which the shadow lies lower and to the right
     shade = image[:, rows.start + fall : rows.stop + fall, columns.start + fall : columns.stop + fall]
     soft = _limit(_FULL // 2 - distance * 3 // (1 + fall))[: shade.shape[1], : shade.shape[2]]
-    shade -= shade * (soft * 40 >> 7) >> 7  # by 5/16 at most
+    shade -= shade * (soft * np.int16(40) >> 7) >> 7  # by 5/16 at most
     silhouette = _covered(distance)
     box = image[:, rows, columns]
     outlined = _blend(box, _plane(scene.outline), silhouette)
