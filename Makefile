@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Smaller for its test: make demo DEMO=/tmp/d DEMO_TRAIN=300 DEMO_TEST=100 DEMO_MORE="--trainer.max_steps 3 ..."
 DEMO ?= demo
-DEMO_TRAIN ?= 20000
+DEMO_TRAIN ?= 10000
 DEMO_TEST ?= 2000
 demo: $(STAMP)
 	$(BIN)/trivit shards synth $(DEMO)/train --samples $(DEMO_TRAIN)
