@@ -40,6 +40,8 @@ def run(command: list[str], desk: Path) -> str:
 
 
 def test_readme_shows_commands() -> None:
+    assert "@@" not in README
+    assert all((ROOT / path).is_file() for path in re.findall(r"\]\(([\w/.]+)\)", README))
     assert len(SHELL) >= 7 and len(PYTHON) >= 1 and {"demo", "test"} <= set(MAKE)
 
 
