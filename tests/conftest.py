@@ -6,11 +6,15 @@ by globbing tests/golden (or $TRIVIT_GOLDEN instead), and takes every size from 
 
 import json
 import os
+import signal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A shell that starts us in the background ignores Ctrl-C for us and for all that we start, some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(os.environ.get("TRIVIT_GOLDEN") or Path(__file__).parent / "golden")
 
