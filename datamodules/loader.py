@@ -67,7 +67,8 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
                 raise DataError(batch.message)
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        if not workers or not _any_was_killed(batches._workers):
+        told = "DataLoader worker" in str(error)  # torch says it itself, or a pipe breaks before torch knows
+        if not workers or not (told or _any_was_killed(batches._workers)):
             raise
         raise DataError(
             "a loader worker was killed: usually memory or shared memory (/dev/shm) ran out; use fewer data.workers "
