@@ -1,5 +1,6 @@
 """One run: the `trivit` command, configuration, Trainer assembly, callbacks and checkpoints."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,4 @@ def pretrain(config: str | Path, output: str | Path, settings: Mapping[str, Any]
 
 def _as_argument(value: Any) -> str:
     """A Python value as the command line would have it."""
-    import json
-
     return str(value) if isinstance(value, str | Path) else json.dumps(value)

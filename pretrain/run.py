@@ -68,7 +68,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
         trainer, progress = _trainer(config, parts.trainer, directory, stop, callbacks)
-        _lay_out(trainer, data, config)
+        _lay_out(trainer, data)
 
         resolved = plain(config)
         if config.epochs is not None:
@@ -131,7 +131,7 @@ def _trainer(
         raise RunError(f"the trainer settings cannot work here: {error}") from error
 
 
-def _lay_out(trainer: Trainer, data: ShardDataModule, config: Namespace) -> None:
+def _lay_out(trainer: Trainer, data: ShardDataModule) -> None:
     started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or trainer.world_size)
     if started != trainer.world_size:
         raise RunError(

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import webdataset
 from PIL import Image
 
 import datamodules.pack as pack_module
@@ -18,18 +17,8 @@ from datamodules.manifest import MANIFEST, load_manifest
 from datamodules.pack import SKIPPED, pack
 from datamodules.pack_shard import pack_shard
 from datamodules.shard_writer import ShardFile
+from tests.datamodules.set_files import files, read
 from tests.datamodules.tar_builders import image_folders, picture, write_tar
-
-
-def read(root: Path) -> dict[str, dict[str, bytes]]:
-    """Key -> members, as webdataset reads them."""
-    urls = [str(path) for path in sorted(root.glob("*.tar"))]
-    stream = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-    return {s["__key__"]: {name: data for name, data in s.items() if name[0] != "_"} for s in stream}
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in root.iterdir()}
 
 
 @pytest.fixture

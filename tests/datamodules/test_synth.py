@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
 from PIL import Image
 
 import datamodules.synth as synth_module
@@ -21,17 +20,7 @@ from datamodules.manifest import MANIFEST, load_manifest
 from datamodules.synth import ATTRIBUTES, SHAPES, synth
 from datamodules.synth_scene import held_out, scene
 from datamodules.verify import verify
-
-
-def read(root: Path) -> dict[str, dict[str, bytes]]:
-    """Key -> members, as webdataset reads them."""
-    urls = [str(path) for path in sorted(root.glob("*.tar"))]
-    stream = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-    return {s["__key__"]: {name: data for name, data in s.items() if name[0] != "_"} for s in stream}
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in root.iterdir()}
+from tests.datamodules.set_files import files, read
 
 
 def pixels(data: bytes) -> np.ndarray:
