@@ -1,17 +1,19 @@
 """The LightningDataModule of every objective: shards to normalised batches, and the state to resume from."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from datamodules.bad_samples import BadSamples
+from datamodules.color_batch import change_colors
 from datamodules.errors import DataError
 from datamodules.loader import check_workers, default_workers
 from datamodules.manifest import Manifest, load_manifest
-from datamodules.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
+from datamodules.normalize import IMAGENET_MEAN, IMAGENET_STD, check_channels, normalize
 from datamodules.open_shards import open_shards
 from datamodules.order import Order
 from datamodules.recipes import Recipe
@@ -40,10 +42,13 @@ class ShardDataModule(LightningDataModule):
         window: shards that are shuffled together in a lane.
         workers: loader processes of a rank; 0 loads in the main process, None goes by the cores.
         bad_sample_budget: largest share of samples that may be bad before the run stops.
-        mean, std: of the pixels, for normalisation, in [0, 1].
+        mean, std: of the pixels, for normalisation, in [0, 1], one per channel (`trivit shards stats` finds them).
+        channels: of the images; grey and colour files are converted, any other number must be that of the files.
+        bits: 8, or 16: read the full precision of 16-bit files.
 
-    Attributes to set before fitting: `bad_samples_file` names the bad samples, and with `allow_changes` a checkpoint of
-    another order (data, seed, global batch, lanes or window) is taken.
+    Attributes to set before fitting: `bad_samples_file` names the bad samples, with `allow_changes` a checkpoint of
+    another order (data, seed, global batch, lanes or window) is taken, and `on_failure` lets all ranks stop together
+    (see `StepLoader`).
 
     Raises:
         DataError: here or in `setup`, for numbers that do not fit each other, the data or the Trainer.
@@ -52,7 +57,8 @@ class ShardDataModule(LightningDataModule):
     def __init__(
         self, train: str, recipe: Recipe, global_batch_size: int, device_batch_size: int = 256, seed: int = 0,
         lanes: int | None = None, window: int = 4, workers: int | None = None, bad_sample_budget: float = 0.01,
-        mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD,
+        mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD, channels: int = 3,
+        bits: Literal[8, 16] = 8,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("global_batch_size", global_batch_size), ("device_batch_size", device_batch_size)):
@@ -60,15 +66,16 @@ class ShardDataModule(LightningDataModule):
                 raise DataError(f"{name} {value} must be at least 1")
         if not 0 <= bad_sample_budget <= 1:
             raise DataError(f"bad_sample_budget {bad_sample_budget} is a share: it must be between 0 and 1")
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise DataError(f"mean {list(mean)} and std {list(std)} must be three numbers each, std above 0")
+        check_channels(channels, bits, mean, std, train)
         check_workers(workers)
         self.train, self.recipe = train, recipe
         self.global_batch_size, self.device_batch_size = global_batch_size, device_batch_size
         self.seed, self.lanes, self.window, self.workers = seed, lanes, window, workers
         self.bad_sample_budget, self.mean, self.std = bad_sample_budget, mean, std
+        self.channels, self.bits = channels, bits
         self.bad_samples_file: Path | None = None
         self.allow_changes = False
+        self.on_failure: Callable[[DataError], None] | None = None
         self.bad_samples: BadSamples | None = None
         self._order: Order | None = None
         self._manifest: Manifest | None = None
@@ -90,7 +97,7 @@ class ShardDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Pack and index what is missing, on one rank of each node."""
-        load_manifest(open_shards(self.train))
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Read the manifest and lay out the order."""
@@ -141,12 +148,13 @@ class ShardDataModule(LightningDataModule):
             self.stream(trainer.world_size, trainer.global_rank), start=trainer.global_step * layout.accumulate,
             stop=trainer.max_steps * layout.accumulate, workers=self.num_workers,
             pin_memory=trainer.strategy.root_device.type == "cuda", bad_samples=self.bad_samples,
+            on_failure=self.on_failure,
         )  # fmt: skip
 
     def stream(self, world_size: int = 1, rank: int = 0) -> TrainStream:
         """Micro-batches of one rank by number, without a Trainer."""
         shards_at_once = -(-self.order.lanes // world_size) * (self.window + 1)
-        reader = ShardReader(self.manifest, open_shards=max(64, shards_at_once))
+        reader = ShardReader(self.manifest, max(64, shards_at_once), self.channels, self.bits)
         return TrainStream(
             self.order, reader, self.recipe, rank=rank, world_size=world_size,
             accumulate=self.layout(world_size).accumulate,
@@ -162,11 +170,14 @@ class ShardDataModule(LightningDataModule):
         return default_workers(local_ranks, on_accelerator=on_accelerator)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Normalise every uint8 view on the device, in the model's own precision."""
+        """Change colours where the recipe left that to the device, and normalise, in the model's own precision."""
         dtype = getattr(self.trainer and self.trainer.lightning_module, "dtype", torch.float32)
-        for name, value in batch.items():
-            if isinstance(value, torch.Tensor) and value.dtype == torch.uint8:
-                batch[name] = normalize(value, self.mean, self.std, dtype)
+        for name in self.recipe.views:
+            views, colors = batch[name], batch.pop(f"{name}_color", None)
+            if colors is not None:
+                changed = change_colors(views.flatten(0, -4), colors.reshape(-1, colors.shape[-1]))
+                views = changed.view(views.shape)
+            batch[name] = normalize(views, self.mean, self.std, dtype)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
