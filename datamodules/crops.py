@@ -1,4 +1,4 @@
-"""Crops and resizing on uint8 pixels, with boxes that follow from given random numbers.
+"""Crops and resizing on pixels (uint8, or float32 in 0..255), with boxes that follow from given random numbers.
 
 Images keep their channels innermost in memory (`channels_last`), as decoders leave them: resizing is a third faster so.
 
@@ -61,9 +61,11 @@ def crop(image: Tensor, box: Box) -> Tensor:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic resizing with antialiasing, uint8 in and out. [c h w] -> [c height width], channels innermost."""
+    """Bicubic resizing with antialiasing; the dtype stays. [c h w] -> [c height width], channels innermost."""
     batch = image[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
+    resized = F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
+    # A bicubic kernel overshoots at edges. uint8 has been clamped already.
+    return resized.clamp_(0, 255) if resized.is_floating_point() else resized
 
 
 def flip(image: Tensor) -> Tensor:

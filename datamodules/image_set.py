@@ -26,15 +26,15 @@ log = logging.getLogger("trivit")
 
 
 class EvaluationLoader:
-    """Iterates over {"image": uint8 [b 3 s s], "label": int64 [b] (-1: unknown), "key": list of "SHARD/KEY"}.
+    """Iterates over {"image": [b c s s], "label": int64 [b] (-1: unknown), "key": list of "SHARD/KEY"}.
 
-    Bad samples are left out; after an iteration `bad` names them. `manifest` describes the data set, and `len()` is the
-    number of batches.
+    Images are uint8, or float32 in 0..255 where 16 bits are read. Bad samples are left out; after an iteration `bad`
+    names them. `manifest` describes the data set, and `len()` is the number of batches.
     """
 
     def __init__(
         self, root: Path, *, crop_size: int, resize: int, batch_size: int, workers: int, limit: int | None,
-        pin_memory: bool,
+        pin_memory: bool, channels: int, bits: int,
     ) -> None:  # fmt: skip
         self.manifest = load_manifest(root)
         self.workers, self.pin_memory = workers, pin_memory
@@ -48,7 +48,7 @@ class EvaluationLoader:
         sample = chosen - (ends - self.manifest.counts)[shard]
         cuts = range(batch_size, len(chosen), batch_size)
         places = list(zip(np.split(shard, cuts), np.split(sample, cuts), strict=True))
-        self._batches = _Batches(ShardReader(self.manifest), places, crop_size, resize)
+        self._batches = _Batches(ShardReader(self.manifest, channels=channels, bits=bits), places, crop_size, resize)
 
     def __len__(self) -> int:
         return len(self._batches.places)
@@ -69,7 +69,7 @@ class EvaluationLoader:
 
 def evaluation_loader(
     root: str | os.PathLike[str], *, crop_size: int, resize: int, batch_size: int = 256, workers: int | None = None,
-    limit: int | None = None, pin_memory: bool = False,
+    limit: int | None = None, pin_memory: bool = False, channels: int = 3, bits: int = 8,
 ) -> EvaluationLoader:  # fmt: skip
     """Read a folder of shards for evaluation.
 
@@ -81,6 +81,7 @@ def evaluation_loader(
         workers: processes; None takes the cores there are.
         limit: read only so many samples, spread evenly over the set.
         pin_memory: put the batches where an accelerator can fetch them.
+        channels, bits: of the images, see `decode_image`.
 
     Raises:
         DataError: for numbers that make no sense, or a folder without samples.
@@ -96,7 +97,7 @@ def evaluation_loader(
         workers = default_workers(on_accelerator=pin_memory)
     return EvaluationLoader(
         Path(root), crop_size=crop_size, resize=resize, batch_size=batch_size, workers=workers, limit=limit,
-        pin_memory=pin_memory,
+        pin_memory=pin_memory, channels=channels, bits=bits,
     )  # fmt: skip
 
 
@@ -108,7 +109,8 @@ class _Batches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         places = list(zip(*(column.tolist() for column in self.places[index]), strict=True))
-        images = empty_images(len(places), 3, self.crop_size, self.crop_size)
+        dtype = torch.uint8 if self.reader.bits == 8 else torch.float32
+        images = empty_images(len(places), self.reader.channels, self.crop_size, self.crop_size, dtype)
         labels: list[int] = []
         keys: list[str] = []
         bad: list[BadSample] = []

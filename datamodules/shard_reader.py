@@ -13,6 +13,7 @@ from datamodules.decode import BadImageError, decode_image
 from datamodules.errors import DataError
 from datamodules.manifest import Manifest
 from datamodules.tar_index import PLAIN_IMAGES, Member, ShardIndex, read_index
+from datamodules.tar_samples import ARRAY
 
 MAX_BYTES = 1 << 30
 """A larger image file is refused: no decoder needs it, and one member must not fill the memory."""
@@ -36,10 +37,11 @@ class ShardReader:
         manifest: of the data set.
         open_shards: how many shards are kept open, up to half of what the system allows a process; one more closes
             the one that was unused for longest.
+        channels, bits: of the images, see `decode_image`.
     """
 
-    def __init__(self, manifest: Manifest, open_shards: int = 64) -> None:
-        self.manifest = manifest
+    def __init__(self, manifest: Manifest, open_shards: int = 64, channels: int = 3, bits: int = 8) -> None:
+        self.manifest, self.channels, self.bits = manifest, channels, bits
         self.open_shards = min(open_shards, _allowed_files() // 2)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lost: dict[int, tuple[float, str]] = {}
@@ -48,15 +50,18 @@ class ShardReader:
         return self.__dict__ | {"_open": OrderedDict(), "_lost": {}}
 
     def image(self, shard: int, sample: int) -> tuple[str, Tensor]:
-        """Key of a sample and its pixels, uint8 [3 h w]. BadSampleError when it has no image that can be used."""
+        """Key of a sample and its pixels [c h w]. BadSampleError when it has no image that can be used.
+
+        An array (.npy) is taken for the image where there is no other: beside one it is usually an embedding.
+        """
         key, members = self._find(shard, sample)
-        extension = next((extension for extension in members if extension in PLAIN_IMAGES), None)
-        if extension is None:
+        extension = next((extension for extension in members if extension in PLAIN_IMAGES), ARRAY)
+        if extension not in members:
             raise self._bad(shard, key, f"no image, only {', '.join(members)}")
         member = members[extension]
         data = self._read(shard, key, member)
         try:
-            return key, decode_image(data, extension)
+            return key, decode_image(data, extension, self.channels, self.bits)
         except BadImageError as error:
             reason = f"{extension}: {error}"
             if member.crc32 is not None and member.crc32 != zlib.crc32(data):

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 PLAIN_IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
 """Extensions of images as such; `mask.png` and the like are something else."""
 
+ARRAY = "npy"
+"""Extension of arrays [h w] or [h w c], uint8 or uint16: images where a sample has no other, else mostly embeddings."""
+
 _MOST_FINDINGS = 1000
 _ORDINARY = bytes(range(0x20, 0x7F)).replace(b"\\", b"") + bytes(range(0x80, 0x100))
 

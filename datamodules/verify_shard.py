@@ -16,6 +16,7 @@ from datamodules.errors import DataError
 from datamodules.manifest import Shard, describe_shard
 from datamodules.sidecars import read_sidecar
 from datamodules.tar_index import INDEX_SUFFIX, PLAIN_IMAGES, Finding, Member, ShardIndex, open_tar, scan_tar
+from datamodules.tar_samples import ARRAY
 from datamodules.workers import Tick
 
 LABEL, CAPTION = "cls", "txt"
@@ -119,7 +120,7 @@ def _check_sample(data: Mapping[str, bytes], classes: int) -> list[tuple[str, st
     """What is wrong with the members of one sample, as (kind, detail)."""
     wrong = []
     shape: tuple[int, int] | None = None
-    images = [extension for extension in data if extension in PLAIN_IMAGES]
+    images = [extension for extension in data if extension in PLAIN_IMAGES] or [ARRAY] * (ARRAY in data)
     if not images:
         wrong.append(("no image", f"only {', '.join(f'.{extension}' for extension in data)}"))
     for extension in images:
@@ -162,10 +163,10 @@ def _check_text(extension: str, content: bytes, classes: int) -> tuple[str, str]
 
 def _decode(data: bytes, extension: str) -> tuple[int, int] | str:
     """Height and width of an image, or what is wrong with it."""
-    from datamodules.decode import BadImageError, decode_image
+    from datamodules.native_pixels import BadImageError, native_pixels
 
     try:
-        _, height, width = decode_image(data, extension).shape
+        height, width, _ = native_pixels(data, extension).values.shape
     except BadImageError as error:
         return f"{error}"
     return height, width

@@ -152,7 +152,7 @@ def test_damaged_data_has_one_line_that_says_why(data, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("extension", ["pyd", "pth", "pickle", "npy", "txt", "mask.png", "JPG", "eps", "svg"])
+@pytest.mark.parametrize("extension", ["pyd", "pth", "pickle", "npz", "txt", "mask.png", "JPG", "eps", "svg"])
 def test_other_extensions_are_never_decoded(extension):
     with pytest.raises(BadImageError, match="not an image extension"):
         decode_image(encode(photograph(), "JPEG"), extension)
