@@ -13,6 +13,7 @@ from datamodules.contact_sheet import contact_sheet, save_sheet
 from datamodules.errors import DataError
 from datamodules.manifest import Manifest, load_manifest
 from datamodules.tar_index import PLAIN_IMAGES, ShardIndex, open_tar, read_index
+from datamodules.tar_samples import ARRAY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ _BAR = 30
 
 
 class _Picture(NamedTuple):
-    """An image uint8 [3 h w], None when it cannot be read; label, key or fault; caption."""
+    """An image [c h w] as `decode_image`, None when it cannot be read; label, key or fault; caption."""
 
     pixels: "Tensor | None"
     text: str
@@ -61,7 +62,7 @@ def inspect_command(root: str | os.PathLike[str], sheet: str | os.PathLike[str] 
         shorter = sides.min(axis=1)
         print(
             f"\n{len(sides)} images looked at: {width:.0f} x {height:.0f} pixels (median), "
-            f"shorter side {shorter.min()} to {shorter.max()}"
+            f"shorter side {shorter.min()} to {shorter.max()}; {_kinds(pictures)}"
         )
     place = Path(sheet) if sheet is not None else manifest.root / SHEET
     save_sheet(contact_sheet([(picture.pixels, picture.text) for picture in pictures]), place)
@@ -126,7 +127,8 @@ def _histogram(manifest: Manifest, labels: Counter[str]) -> str:
 
 def _pictures(manifest: Manifest) -> list[_Picture]:
     """Evenly spread samples."""
-    from datamodules.decode import BadImageError, decode_image
+    from datamodules.decode import as_asked
+    from datamodules.native_pixels import BadImageError, native_pixels
 
     starts = np.concatenate([[0], np.cumsum(manifest.counts)])
     pictures = []
@@ -134,8 +136,10 @@ def _pictures(manifest: Manifest) -> list[_Picture]:
         shard = int(np.searchsorted(starts, position, side="right")) - 1
         try:
             key, data = _read(manifest.path(shard), int(position - starts[shard]))
-            extension = next((extension for extension in data if extension in PLAIN_IMAGES), "")
-            pixels = decode_image(data.get(extension, b""), extension)
+            extension = next((extension for extension in data if extension in PLAIN_IMAGES), ARRAY)
+            native = native_pixels(data.get(extension, b""), extension)
+            bits = 8 * native.values.dtype.itemsize
+            pixels = as_asked(native, native.values.shape[2] - native.alpha, bits)
         except (BadImageError, DataError) as error:
             pictures.append(_Picture(None, f"{error}", ""))
             continue
@@ -144,6 +148,16 @@ def _pictures(manifest: Manifest) -> list[_Picture]:
         text = manifest.classes[int(label)] if known else label or key
         pictures.append(_Picture(pixels, text, data.get("txt", b"").decode("utf-8", "replace")))
     return pictures
+
+
+def _kinds(pictures: list[_Picture]) -> str:
+    """Channels and bits of images, the most frequent first."""
+    kinds = Counter(
+        f"{len(p.pixels)} channel{'s' if len(p.pixels) > 1 else ''} of {16 if p.pixels.is_floating_point() else 8} bits"
+        for p in pictures
+        if p.pixels is not None
+    )
+    return ", ".join(f"{kind} ({n})" if len(kinds) > 1 else kind for kind, n in kinds.most_common())
 
 
 def _read(tar: Path, i: int) -> tuple[str, dict[str, bytes]]:

@@ -83,8 +83,9 @@ def extract(
 ) -> Features:
     """Features of every readable image under `root` (shards), from the cache if they were computed before.
 
-    Images: shorter side to encoder.config.resize (bicubic, antialiased), centre crop of image_size, normalised with the
-    encoder's mean and std; float32. The key is encoder weights and config + manifest + transform.
+    Images: of the encoder's channels and bits, shorter side to encoder.config.resize (bicubic, antialiased), centre
+    crop of image_size, normalised with the encoder's mean and std; float32. The key is encoder weights and config +
+    manifest + transform.
 
     Args:
         encoder: in evaluation mode; it is moved to `device`.
@@ -100,12 +101,10 @@ def extract(
         DataError: `root` is no data set.
     """
     config = encoder.config
-    if config.in_chans != 3:
-        raise EvaluationError(f"the encoder sees {config.in_chans} channels, evaluation images have 3")
     device = device or pick_device()
     loader = evaluation_loader(
         root, crop_size=config.image_size, resize=config.resize, batch_size=batch_size, workers=workers,
-        pin_memory=device.startswith("cuda"),
+        pin_memory=device.startswith("cuda"), channels=config.in_chans, bits=config.bits,
     )  # fmt: skip
     manifest = loader.manifest
     cache_dir = cache_dir or cache_home() / "features"

@@ -75,7 +75,7 @@ def floors(
     identity = {
         # all else at its default, so that encoders that see the same pixels share a floor
         "raw_pixels": EncoderConfig(image_size=config.image_size, mean=config.mean, std=config.std,
-                                    in_chans=config.in_chans, eval_resize=config.resize),
+                                    in_chans=config.in_chans, bits=config.bits, eval_resize=config.resize),
         "untrained": replace(config, drop_path=0.0),
     }  # fmt: skip
     found: dict[str, dict[str, Result]] = {}
@@ -98,12 +98,15 @@ def _raw_pixels(
     config: EncoderConfig, measure: Measure, probes: Sequence[str], settings: ProbeSettings, train_images: int,
     aside: Path,
 ) -> dict[str, Result]:  # fmt: skip
-    side = pixel_side(config.image_size, train_images)
+    channels = config.in_chans
+    side = pixel_side(config.image_size, train_images, channels)
     data = measure(PixelFeatures(config, side), aside)
     results = {}
     for probe in probes:
         used = min(side, LINEAR_SIDE) if probe == "linear" else side
-        small = replace(data, train=shrink_pixels(data.train, used), test=shrink_pixels(data.test, used))
+        small = replace(
+            data, train=shrink_pixels(data.train, used, channels), test=shrink_pixels(data.test, used, channels)
+        )
         results[probe] = PROBES[probe](small if used < side else data, settings)
         results[probe]["protocol"]["features"] = f"raw pixels, normalised, shrunk by area to {used} x {used}"
     return results
@@ -123,10 +126,10 @@ def _untrained(
     return results
 
 
-def pixel_side(image_size: int, train_images: int) -> int:
+def pixel_side(image_size: int, train_images: int, channels: int = 3) -> int:
     """Side to which raw pixels are shrunk for kNN."""
     side = min(KNN_SIDE, image_size)
-    while side > LINEAR_SIDE and train_images * 3 * side * side * 4 > PIXEL_BYTES:
+    while side > LINEAR_SIDE and train_images * channels * side * side * 4 > PIXEL_BYTES:
         side = max(LINEAR_SIDE, side // 2)
     return side
 

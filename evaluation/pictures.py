@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datamodules.contact_sheet import displayable
 from datamodules.crops import center_crop, resize_shorter_side
 from datamodules.image_set import evaluation_loader
 from datamodules.manifest import Manifest
@@ -25,12 +26,12 @@ LOSSLESS_SIDE = 96
 
 
 def load_pictures(manifest: Manifest, keys: Sequence[str], config: EncoderConfig) -> Tensor:
-    """The images "SHARD/KEY", resized and cropped as evaluation does it: uint8 [b 3 s s].
+    """The images "SHARD/KEY", resized and cropped as evaluation does it: [b c s s] in 0..255.
 
     Raises:
         EvaluationError: an image is not there (any more).
     """
-    reader = ShardReader(manifest)
+    reader = ShardReader(manifest, channels=config.in_chans, bits=config.bits)
     names = [shard.name for shard in manifest.shards]
     places: dict[str, dict[str, int]] = {}
     images = []
@@ -50,10 +51,11 @@ def load_pictures(manifest: Manifest, keys: Sequence[str], config: EncoderConfig
 
 
 def sample_images(root: Path, config: EncoderConfig, count: int) -> Tensor:
-    """`count` images spread evenly over the set, as evaluation sees them: uint8 [b 3 s s]."""
+    """`count` images spread evenly over the set, as evaluation sees them: [b c s s] in 0..255."""
     loader = evaluation_loader(
-        root, crop_size=config.image_size, resize=config.resize, batch_size=count, workers=0, limit=count
-    )
+        root, crop_size=config.image_size, resize=config.resize, batch_size=count, workers=0, limit=count,
+        channels=config.in_chans, bits=config.bits,
+    )  # fmt: skip
     images = [batch["image"] for batch in loader]
     if not images:
         raise EvaluationError(f"no image under {root} could be read")
@@ -67,9 +69,10 @@ def spread(count: int, wanted: int, seed: int = 0) -> list[int]:
 
 
 def picture(image: Tensor) -> str:
-    """uint8 [3 h w] -> a data URI: PNG when small, else WebP."""
+    """[c h w], as `displayable` shows it -> a data URI: PNG when small, else WebP."""
     file = io.BytesIO()
-    pixels = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    shown = displayable(image[None])[0].permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = Image.fromarray(shown if shown.shape[2] == 3 else shown[:, :, 0])
     kind = "png" if max(pixels.size) <= LOSSLESS_SIDE else "webp"
     pixels.save(file, kind, **({"optimize": True} if kind == "png" else {"quality": 80}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from datamodules.contact_sheet import displayable
 from datamodules.normalize import normalize
 from evaluation.pictures import picture
 from tasks.mae import MAE
@@ -18,7 +19,7 @@ GREY = 127
 
 
 class Reconstruction(NamedTuple):
-    """uint8 [b 3 h w] each: the image, what the encoder saw (the rest grey), and that with these filled in."""
+    """The image, what the encoder saw (the rest grey), and that with these filled in; each as `displayable` gives."""
 
     image: Tensor
     masked: Tensor
@@ -27,7 +28,9 @@ class Reconstruction(NamedTuple):
 
 @torch.inference_mode()
 def reconstruct(mae: MAE, images: Tensor, seed: int = 0) -> Reconstruction:
-    """Hide patches as in training (mask of a fixed seed per image) and fill them with the prediction; uint8 [b 3 h w].
+    """Hide patches as in training (mask of a fixed seed per image) and fill them with the prediction.
+
+    Images are [b c h w], uint8 or (of 16 bits) floating point in 0..255.
 
     With normalised targets (section 3.4 of arXiv:2111.06377) a prediction has lost the brightness and contrast of its
     patch; they are taken from the true patch, so only the structure inside of a patch is the model's own.
@@ -40,9 +43,11 @@ def reconstruct(mae: MAE, images: Tensor, seed: int = 0) -> Reconstruction:
     patches, pred, hidden = mae.patchify(x), out.pred.float(), out.mask[:, :, None].bool()
     if mae.norm_pix_loss:
         pred = pred * (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
-    filled = _to_bytes(mae.unpatchify(torch.where(hidden, pred, patches)), config.mean, config.std)
+    filled = _to_pixels(mae.unpatchify(torch.where(hidden, pred, patches)), config.mean, config.std)
     whole = mae.unpatchify(hidden.expand_as(patches).float()).bool()
-    return Reconstruction(images, torch.where(whole, torch.full_like(images, GREY), images), filled)
+    image = displayable(images)
+    masked = torch.where(whole[:, : image.shape[1]], torch.full_like(image, GREY), image)
+    return Reconstruction(image, masked, displayable(filled, like=images))
 
 
 def draw_reconstructions(found: Reconstruction) -> list[list[tuple[str, str]]]:
@@ -53,6 +58,6 @@ def draw_reconstructions(found: Reconstruction) -> list[list[tuple[str, str]]]:
     ]
 
 
-def _to_bytes(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _to_pixels(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     offset, scale = (torch.tensor(v, device=x.device, dtype=x.dtype)[:, None, None] for v in (mean, std))
-    return ((x * scale + offset) * 255).round().clamp(0, 255).to(torch.uint8)
+    return (x * scale + offset) * 255

@@ -2,10 +2,12 @@
 
 from dataclasses import fields
 from inspect import signature
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
+from datamodules.normalize import check_channels
 from pretrain.errors import RunError
 from tasks.encoder_config import EncoderConfig
 
@@ -52,7 +54,7 @@ def check(config: Namespace) -> None:
 
 
 def fill_in(config: Namespace) -> None:
-    """The encoder's input is what the data delivers: image size, mean and standard deviation."""
+    """The encoder's input is what the data delivers: image size, channels, bits, mean and standard deviation."""
     encoder = config.model.init_args.encoder
     default = {f.name: f.default for f in fields(EncoderConfig)}
     crop = config.data.recipe.init_args.crop_size
@@ -62,10 +64,16 @@ def fill_in(config: Namespace) -> None:
             "set the crop size only, the encoder follows it"
         )
     encoder.image_size = crop
-    for name in ("mean", "std"):
-        if tuple(encoder[name]) not in (default[name], tuple(config.data[name])):
-            raise RunError(f"model.encoder.{name} follows data.{name}; set data.{name} only")
-        encoder[name] = config.data[name]
+    data = config.data
+    check_channels(data.channels, data.bits, data.mean, data.std, data.train)
+    for name, source in {"mean": "mean", "std": "std", "in_chans": "channels", "bits": "bits"}.items():
+        if _plain(encoder[name]) not in (default[name], _plain(data[source])):
+            raise RunError(f"model.encoder.{name} follows data.{source}; set data.{source} only")
+        encoder[name] = data[source]
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def max_steps(config: Namespace, steps_per_epoch: int) -> int:

@@ -34,7 +34,7 @@ class EncoderConfig:
 
     Args:
         arch: vit_tiny, vit_small, vit_base, vit_large, vit_huge, or `timm:NAME` (untrained weights) for any timm model;
-            with timm only image_size, in_chans, drop_path, pool, mean, std and eval_resize apply, and the encoder's own
+            with timm only image_size, in_chans, bits, drop_path, pool, mean, std and eval_resize apply, and the encoder's own
             `config` afterwards tells patch_size and class_token as the model has them.
         image_size: side of the square training images, in pixels.
         patch_size: side of a patch, in pixels; it divides image_size.
@@ -43,6 +43,7 @@ class EncoderConfig:
         heads: attention heads; None: the arch's.
         mlp_ratio: hidden width of a block's MLP over `width`.
         in_chans: channels of an image.
+        bits: of a channel in the image files, 8 or 16; how they are read, the encoder itself is the same.
         positions: `learned` table, fixed 2-D sine-cosine table (MAE), or rotary (the axial form of DINOv3).
         position_resize: how a table is stretched to another grid: as the authors of `mae`, `dino` or `open_clip` do.
         class_token: whether there is one.
@@ -65,6 +66,7 @@ class EncoderConfig:
     heads: int | None = None
     mlp_ratio: float = 4.0
     in_chans: int = 3
+    bits: Literal[8, 16] = 8
     positions: Literal["learned", "sincos2d", "rope"] = "sincos2d"
     position_resize: Literal["mae", "dino", "open_clip"] = "mae"
     class_token: bool = True
