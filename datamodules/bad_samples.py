@@ -1,12 +1,14 @@
 """The account of bad samples: each is named once in `bad_samples.jsonl`, and too many of them stop the run."""
 
+import errno
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, DataFailure
+from datamodules.sidecars import cannot_write
 
 _A_FAIR_SAMPLE = 10_000
 
@@ -41,7 +43,8 @@ class BadSamples:
 
     @property
     def count(self) -> int:
-        """How many different bad samples there were."""
+        """How many different bad samples there were, over all ranks as far as the file tells."""
+        self._read()
         return len(self._known)
 
     def add(self, bad: Iterable[BadSample], drawn: int) -> None:
@@ -52,13 +55,10 @@ class BadSamples:
         self._read()
         new = {(sample.shard, sample.key): sample for sample in bad if (sample.shard, sample.key) not in self._known}
         if self.path is not None and new:
-            lines = "".join(json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in new.values())
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                os.write(file, lines.encode("utf-8", "backslashreplace"))  # one write: lines of other ranks stay whole
-            finally:
-                os.close(file)
+                _append(self.path, new.values())
+            except OSError as error:
+                raise DataFailure(cannot_write(self.path, error)) from error
         self._known |= new.keys()
         allowed = self.budget * min(self.num_samples, max(drawn, _A_FAIR_SAMPLE))
         if self.count > (max(1, allowed) if self.budget else 0):
@@ -84,3 +84,15 @@ class BadSamples:
                 self._known.add((entry["shard"], entry["key"]))
             except (ValueError, KeyError, TypeError):
                 continue  # cut by a crash: that sample will be met and named again
+
+
+def _append(path: Path, samples: Iterable[BadSample]) -> None:
+    lines = "".join(json.dumps(sample._asdict(), ensure_ascii=False) + "\n" for sample in samples)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        data = lines.encode("utf-8", "backslashreplace")
+        if os.write(file, data) < len(data):  # one write, so that lines of other ranks stay whole
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(file)

@@ -3,3 +3,9 @@
 
 class DataError(ValueError):
     """What the user gave cannot work; the message is one line that says what is wrong and what to do."""
+
+
+class DataFailure(DataError):
+    """The data may be in order, but something failed underneath: a full disk, a killed worker."""
+
+    exit_code = 1

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, DataFailure
 from datamodules.workers import available_cores
 
 _MOST_WORKERS = 16
@@ -44,7 +44,7 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
     they execute uses a single thread and no lock that another thread of the parent may have held.
 
     Raises:
-        DataError: one that a worker met, or when a worker was killed.
+        DataError: one that a worker met; DataFailure when a worker was killed.
     """
     with _interrupt_held_back(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -60,7 +60,8 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             generator=torch.Generator(),  # or torch would draw from the global one, and what comes later would differ
         )
-        batches: Any = iter(loader)
+        with _no_exceptions_out_of_nowhere():
+            batches: Any = iter(loader)
     try:
         for batch in batches:
             if isinstance(batch, Failure):
@@ -70,7 +71,7 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
         told = "DataLoader worker" in str(error)  # torch says it itself, or a pipe breaks before torch knows
         if not workers or not (told or _any_was_killed(batches._workers)):
             raise
-        raise DataError(
+        raise DataFailure(
             "a loader worker was killed: usually memory or shared memory (/dev/shm) ran out; use fewer data.workers "
             "or a smaller data.device_batch_size"
         ) from error
@@ -118,6 +119,22 @@ def _end_when_the_parent_says(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (parent, 0):
         pass
     os._exit(0)
+
+
+@contextlib.contextmanager
+def _no_exceptions_out_of_nowhere() -> Iterator[None]:
+    """Undo torch's handler that raises when a worker dies, wherever the main thread is: in the middle of a step, say.
+
+    Without it the death is noticed where its batch is missed, within five seconds.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @contextlib.contextmanager

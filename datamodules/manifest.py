@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datamodules.errors import DataError
-from datamodules.sidecars import read_sidecar, write_sidecar
+from datamodules.sidecars import locked, read_sidecar, sidecar_places, write_sidecar
 from datamodules.tar_index import ROWS, ShardIndex, cannot_read, read_index
 from datamodules.workers import Tick, spread
 
@@ -116,18 +116,44 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
         DataError: when there is no such folder, no tar in it, no sample in the tars, or the set is unfinished.
     """
     root = Path(root)
-    tars = list_tars(root)
+    manifest, _ = _stored_manifest(root, list_tars(root))
+    if manifest is not None:
+        return manifest
+    with _alone(root):  # the other ranks of a run wait here, and find it made
+        tars = list_tars(root)
+        manifest, former = _stored_manifest(root, tars)
+        if manifest is None:
+            manifest = build_manifest(root, sorted(tars), former.classes if former else ())
+            if former:
+                log.warning(
+                    "%s: the tars have changed: %d samples, before %d", root, manifest.num_samples, former.num_samples
+                )
+        return manifest
+
+
+def _stored_manifest(
+    root: Path, tars: dict[str, os.stat_result]
+) -> tuple[Manifest | None, Manifest | None]:  # fmt: skip
+    """The manifest that describes the folder as it is, and else the one of before."""
     former = None
     for place, data in read_sidecar(root / MANIFEST):
         with contextlib.suppress(ValueError, OSError):
             manifest = Manifest.from_bytes(root, data)
             if _holds(manifest, place, tars):
-                return manifest
+                return manifest, None
             former = former or manifest
-    manifest = build_manifest(root, sorted(tars), former.classes if former else ())
-    if former:
-        log.warning("%s: the tars have changed: %d samples, before %d", root, manifest.num_samples, former.num_samples)
-    return manifest
+    return None, former
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Hold a lock in the cache, so that of several processes that find no manifest one makes it; best effort."""
+    lock = sidecar_places(root / MANIFEST)[1].with_suffix(".lock")
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(lock, wait=True))
+        yield
 
 
 def build_manifest(root: Path, names: Sequence[str], classes: tuple[str, ...] = ()) -> Manifest:

@@ -5,7 +5,7 @@ Order, reading, decoding, replacement of bad samples and augmentation all happen
 Axes: b = images of a micro-batch, h, w = rows and columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,19 +51,32 @@ class TrainStream(Dataset[dict[str, Any]]):
         self._first = rank * accumulate * self.micro_batch
 
     def __getitem__(self, micro_step: int) -> dict[str, Any]:
-        step, micro = divmod(micro_step, self.accumulate)
-        start = self._first + micro * self.micro_batch
-        draws = self.order.batch(step, start, start + self.micro_batch)
+        draws = self._draws(micro_step)
         keys: list[str] = []
         bad: list[BadSample] = []
-        views = self.recipe(self._images(draws, keys, bad), draws.rng)
+        return self._batch(micro_step, draws, self.recipe(self._images(draws, keys, bad), draws.rng), keys, bad)
+
+    def blank(self, micro_step: int) -> dict[str, Any]:
+        """A batch of the same shape that needs no data, for a step that will not count."""
+        draws = self._draws(micro_step)
+        black = (torch.zeros((3, 1, 1), dtype=torch.uint8) for _ in range(self.micro_batch))
+        return self._batch(micro_step, draws, self.recipe(black, draws.rng), [""] * self.micro_batch, [])
+
+    def _draws(self, micro_step: int) -> Draws:
+        step, micro = divmod(micro_step, self.accumulate)
+        start = self._first + micro * self.micro_batch
+        return self.order.batch(step, start, start + self.micro_batch)
+
+    def _batch(
+        self, micro_step: int, draws: Draws, views: dict[str, Tensor], keys: list[str], bad: list[BadSample]
+    ) -> dict[str, Any]:
         return {
             **views,
             "rng": torch.from_numpy(draws.rng),
             "position": torch.from_numpy(draws.position),
             "key": keys,
             "epoch": draws.epoch,
-            "step": step,
+            "step": micro_step // self.accumulate,
             "bad": bad,
         }
 
@@ -98,13 +111,17 @@ class StepLoader:
         workers: processes; 0 loads in this one.
         pin_memory: put the batches where an accelerator can fetch them.
         bad_samples: the account.
+        on_failure: told of a DataError before it is raised. Other ranks are on their way into the same optimiser step
+            then; blank batches lead this one to the step's end, where all can agree to stop.
     """
 
     def __init__(
-        self, stream: TrainStream, *, start: int, stop: int, workers: int, pin_memory: bool, bad_samples: BadSamples
-    ) -> None:
+        self, stream: TrainStream, *, start: int, stop: int, workers: int, pin_memory: bool, bad_samples: BadSamples,
+        on_failure: Callable[[DataError], None] | None = None,
+    ) -> None:  # fmt: skip
         self.stream, self.start, self.stop = stream, start, stop
         self.workers, self.pin_memory, self.bad_samples = workers, pin_memory, bad_samples
+        self.on_failure = on_failure
 
     def __len__(self) -> int:
         return self.stop
@@ -117,7 +134,16 @@ class StepLoader:
         """Nothing to do."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        steps = range(self.start, self.stop)
-        for batch in iterate(self.stream, steps, workers=self.workers, pin_memory=self.pin_memory):
-            self.bad_samples.add(batch.pop("bad"), drawn=(batch["step"] + 1) * self.stream.order.global_batch_size)
-            yield batch
+        at = self.start
+        try:
+            steps = range(at, self.stop)
+            for batch in iterate(self.stream, steps, workers=self.workers, pin_memory=self.pin_memory):
+                self.bad_samples.add(batch.pop("bad"), drawn=(batch["step"] + 1) * self.stream.order.global_batch_size)
+                yield batch
+                at += 1
+        except DataError as error:
+            if self.on_failure is not None:
+                self.on_failure(error)
+                end_of_step = (at // self.stream.accumulate + 1) * self.stream.accumulate
+                yield from map(self.stream.blank, range(at, end_of_step))
+            raise

@@ -85,13 +85,18 @@ def read_run(path: Path) -> Run:
 
 
 def read_metrics(path: Path) -> dict[str, Column]:
-    """Columns of metrics.csv; a half-written last row is left out, a cell that is empty or no number is NaN."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", errors="replace") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values() and row.get("step", "").isdigit()]
+    """Columns of metrics.csv; a cell that is empty or no number is NaN."""
+    rows = read_rows(path)
     names = list(rows[0]) if rows else []
     return {name: np.array([_number(row[name]) for row in rows]) for name in names}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv as they are, none when it does not exist; a half-written last one is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", errors="replace") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and row.get("step", "").isdigit()]
 
 
 def _number(cell: str) -> float:

@@ -1,6 +1,8 @@
 """Atomic checkpoints at optimiser steps: `checkpoints/last.ckpt` is always a whole one."""
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.errors import DataError
-from pretrain.errors import RunError
+from pretrain.errors import AgreedFailure, RunError, RunFailure
 from pretrain.guard import FiniteGuard
 from pretrain.stop import StopRequest
 
@@ -21,7 +23,7 @@ class Checkpoints(Callback):
         self.every = every
         self.stop = stop
         self.guard = guard
-        self._saved_step = -1
+        self._saved_step = sys.maxsize  # nothing can be worth saving before training starts
 
     @property
     def last(self) -> Path:
@@ -46,17 +48,18 @@ class Checkpoints(Callback):
             trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Too many bad samples end a run between two steps: keep what was learned (alone: saving is collective)."""
-        if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.global_step > self._saved_step:
-            self.save(trainer)
+        """Too many bad samples, say, end a run between two steps: keep what was learned, if all ranks are here."""
+        together = isinstance(exception, AgreedFailure) or trainer.world_size == 1
+        if together and isinstance(exception, AgreedFailure | DataError) and trainer.global_step > self._saved_step:
+            with contextlib.suppress(RunError):  # the disk may be full; the first error is the one to tell
+                self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Collective: write aside, flush to the disk, rename; a full disk leaves the previous checkpoint as it is."""
         self.guard.check_before_saving(trainer)
         aside = self.directory / "last.ckpt.part"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(aside)
+            self._save_aside(trainer, aside)
             if trainer.is_global_zero:
                 with aside.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -64,18 +67,29 @@ class Checkpoints(Callback):
         except OSError as error:
             aside.unlink(missing_ok=True)
             kept = f"the checkpoint of step {self._saved_step} is whole" if self.last.exists() else "there is no other"
-            raise RunError(
+            self.stop.fail(RunFailure(
                 f"could not write a checkpoint to {self.directory} ({error.strerror or error}); {kept}. "
                 "Make room and run the same command again"
-            ) from error
+            ))  # fmt: skip
+        self.stop.agree()
         self._saved_step = trainer.global_step
 
+    def _save_aside(self, trainer: Trainer, aside: Path) -> None:
+        try:
+            if trainer.is_global_zero:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            trainer.save_checkpoint(aside)
+        except OSError:  # of the rank that writes; the others have come to the end of save_checkpoint
+            trainer.strategy.barrier("Trainer.save_checkpoint")
+            raise
 
-def step_of(checkpoint: Path) -> int:
-    """The optimiser step at which a checkpoint was written; RunError when the file is damaged."""
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds, its tensors mapped and not yet read; RunError when the file is damaged."""
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        return int(state["global_step"])
+        state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        int(state["global_step"])
+        return state
     except Exception as error:
         raise RunError(
             f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin this run anew, or restore a copy"

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = user_message(error)
         if line is None:
             raise
-        print(f"trivit: {line}", file=sys.stderr)
+        if not getattr(error, "told_once", False) or import_module("pretrain.run_directory").launched_rank() == 0:
+            print(f"trivit: {line}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
 
 

@@ -56,7 +56,7 @@ class FiniteGuard(Callback):
         self._losses.append((host, event))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Collective: agree on bad losses and stop signals before the weights move."""
+        """Collective: agree on bad losses, stop signals and failures of single ranks before the weights move."""
         losses = []
         for loss, event in self._losses:
             if event is not None:

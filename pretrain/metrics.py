@@ -3,8 +3,10 @@
 Values are summed on the device and read only when a row is written, so an accelerator is not made to wait each step.
 """
 
+import contextlib
 import csv
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from evaluation.run_files import read_rows
+from pretrain.errors import RunFailure
 from pretrain.guard import FiniteGuard
 from pretrain.phases import PhaseTimer
+from pretrain.stop import StopRequest
 
 
 class Metrics(Callback):
@@ -24,11 +29,12 @@ class Metrics(Callback):
     the row's last step); train/images_per_second (all ranks); train/data_wait (share of the time, 0 to 1).
     """
 
-    def __init__(self, path: Path, every: int, phases: PhaseTimer, guard: FiniteGuard) -> None:
+    def __init__(self, path: Path, every: int, phases: PhaseTimer, guard: FiniteGuard, stop: StopRequest) -> None:
         self.path = path
         self.every = every
         self.phases = phases
         self.guard = guard
+        self.stop = stop
         self.newest: dict[str, float] = {}
         self._seconds = 0.0  # training time before this process and up to the last row
         self._sums: dict[str, Tensor] = {}
@@ -42,7 +48,8 @@ class Metrics(Callback):
         self._clock_step = trainer.global_step
         self._since = time.perf_counter()
         if trainer.is_global_zero:
-            self._columns = cut_back(self.path, trainer.global_step)
+            with self._failures_told():
+                self._columns = cut_back(self.path, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,7 +79,8 @@ class Metrics(Callback):
         row = {"step": step, "epoch": step / data.steps_per_epoch, "seconds": self._seconds, **values}
         self.newest = row
         if trainer.is_global_zero:
-            self._append(row)
+            with self._failures_told():
+                self._append(row)
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=step)
         self._sums = {}
@@ -82,10 +90,20 @@ class Metrics(Callback):
     def _append(self, row: dict[str, float]) -> None:
         if not set(row) <= set(self._columns):  # a column that appears late (a probe, say): write the file anew
             self._columns += [name for name in row if name not in self._columns]
-            rows = read(self.path)
+            rows = read_rows(self.path)
             _write_all(self.path, self._columns, rows)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns, restval="").writerow({k: _number(v) for k, v in row.items()})
+
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        """Only the first rank writes; a full disk must end the others, too."""
+        try:
+            yield
+        except OSError as error:
+            self.stop.fail(RunFailure(
+                f"cannot write {self.path} ({error.strerror or error}). Make room and run the same command again"
+            ))  # fmt: skip
 
     def _over_ranks(self, trainer: Trainer) -> dict[str, Tensor]:
         """Collective: the sums so far, as means over the ranks."""
@@ -109,18 +127,9 @@ class Metrics(Callback):
         self._sums = {name: total.to(trainer.strategy.root_device) for name, total in state["sums"].items()}
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics file; none when it does not exist."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def cut_back(path: Path, step: int) -> list[str]:
     """Drop the rows after `step` (and a half-written last one); returns the columns."""
-    rows = [row for row in read(path) if row["step"].isdigit() and int(row["step"]) <= step]
-    rows = [row for row in rows if None not in row.values()]
+    rows = [row for row in read_rows(path) if int(row["step"]) <= step]
     columns = list(rows[0]) if rows else []
     _write_all(path, columns, rows)
     return columns

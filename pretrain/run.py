@@ -17,14 +17,15 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from torch import distributed
 
-from datamodules.open_shards import open_shards
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
-from pretrain.errors import Interrupted, RunError
+from pretrain.errors import Interrupted, RunError, RunFailure
 from pretrain.guard import FiniteGuard
+from pretrain.key_log import KeyLog
 from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
 from pretrain.progress import Progress
@@ -49,6 +50,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
 
     Raises:
         RunError: what the user gave cannot work; nothing was lost.
+        RunFailure: something failed underneath; the same command goes on from the last checkpoint.
         NonFiniteError: the loss or a gradient was NaN or infinite.
         Interrupted: a signal came; a checkpoint was written first.
     """
@@ -59,32 +61,35 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
     directory = RunDirectory(Path(config.output))
     directory.claim()
     try:
-        config.data.train = str(open_shards(config.data.train))
         parts = instantiate(cli, config)
         data: ShardDataModule = parts.data
         task: PretrainTask = parts.model
-        data.bad_samples_file = directory.path / "bad_samples.jsonl"
+        data.bad_samples_file = directory.bad_samples
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
         trainer, progress = _trainer(config, parts.trainer, directory, stop, callbacks)
-        _lay_out(trainer, data)
+        _lay_out(trainer, data, stop)
 
         resolved = plain(config)
         if config.epochs is not None:
             resolved["trainer"]["max_steps"] = -1  # the length is said once, so that config.yaml is itself a config
         if directory.config.exists():
             directory.check_same_run(resolved, config.allow_changes)
-        done = directory.step()
+        saved = directory.checkpoint()
+        done = None if saved is None else int(saved["global_step"])
         if done is not None and done >= trainer.max_steps:
             print(f"{directory.path} is finished ({done} steps); next: trivit evaluate {directory.path} ...")
             return directory.path
+        data.allow_changes = any(key.split(".")[0] == "data" for key in config.allow_changes)
+        if saved is not None:
+            data.load_state_dict(saved[type(data).__name__])  # refuses other data before anything is written
         if trainer.is_global_zero:
             directory.write_config(yaml.safe_dump(resolved, sort_keys=False))
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
-        stop.listen(signal.SIGTERM, signal.SIGUSR1)  # until training starts Ctrl-C ends at once: nothing is lost by it
-        data.allow_changes = any(key.split(".")[0] == "data" for key in config.allow_changes)
+        # Until training starts a signal ends us at once, nothing is lost by it; but SLURM must be asked to requeue.
+        stop.listen((signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else ())
         try:
             checkpoint = directory.last if done is not None else None
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -92,9 +97,16 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has made an exit code 1 of it
                 raise KeyboardInterrupt from error
             raise
+        except RuntimeError as error:
+            if trainer.world_size == 1 or not _another_rank_is_gone(error):
+                raise
+            raise RunFailure(
+                f"another rank ended, what it said tells why ({str(error).splitlines()[0][:200]}); the same command "
+                "goes on from the last checkpoint"
+            ) from error
         finally:
             progress.close()
-        _say_how_it_ended(trainer, stop, directory)
+        _say_how_it_ended(trainer, stop, directory, data)
         return directory.path
     finally:
         stop.silence()
@@ -106,11 +118,12 @@ def _trainer(
 ) -> tuple[Trainer, Progress]:
     phases = PhaseTimer()
     guard = FiniteGuard(directory.checkpoints, stop)
-    metrics = Metrics(directory.metrics, config.log_every, phases, guard)
+    metrics = Metrics(directory.metrics, config.log_every, phases, guard, stop)
     progress = Progress(metrics)
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
     callbacks = [
-        guard, metrics, progress, Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
+        guard, metrics, progress, *([KeyLog(directory.samples, stop)] if config.log_keys else []),
+        Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
     ]  # fmt: skip
     own: dict[str, Any] = {
         "max_steps": config.trainer.max_steps,
@@ -131,7 +144,7 @@ def _trainer(
         raise RunError(f"the trainer settings cannot work here: {error}") from error
 
 
-def _lay_out(trainer: Trainer, data: ShardDataModule) -> None:
+def _lay_out(trainer: Trainer, data: ShardDataModule, stop: StopRequest) -> None:
     started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or trainer.world_size)
     if started != trainer.world_size:
         raise RunError(
@@ -140,6 +153,7 @@ def _lay_out(trainer: Trainer, data: ShardDataModule) -> None:
         )
     layout = data.layout(trainer.world_size)
     trainer.accumulate_grad_batches = layout.accumulate
+    data.on_failure = stop.fail if trainer.world_size > 1 else None
     if trainer.is_global_zero:
         ranks = f"{trainer.world_size} rank{'s' if trainer.world_size > 1 else ''}"
         print(
@@ -148,6 +162,11 @@ def _lay_out(trainer: Trainer, data: ShardDataModule) -> None:
             f"{layout.micro_batch} x {layout.accumulate} accumulated",
             file=sys.stderr,
         )
+        if findings := sum(shard.findings for shard in data.manifest.shards):
+            print(
+                f"{findings} findings in the tars of {data.manifest.root}: trivit shards verify lists them",
+                file=sys.stderr,
+            )
 
 
 def _wandb(config: Namespace, directory: RunDirectory) -> Logger | None:
@@ -171,8 +190,15 @@ def _wandb(config: Namespace, directory: RunDirectory) -> Logger | None:
     return logger
 
 
-def _say_how_it_ended(trainer: Trainer, stop: StopRequest, directory: RunDirectory) -> None:
+def _another_rank_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective was broken off by the other side; gloo and NCCL say so in their own words."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
+def _say_how_it_ended(trainer: Trainer, stop: StopRequest, directory: RunDirectory, data: ShardDataModule) -> None:
     step, total = trainer.global_step, trainer.max_steps
+    if trainer.is_global_zero and data.bad_samples is not None and (bad := data.bad_samples.count):
+        print(f"{bad} bad samples were replaced, {directory.bad_samples} names them", file=sys.stderr)
     if step < total and stop.agreed is None:
         raise RunError(f"a callback ended the run at step {step} of {total}; it goes on from the last checkpoint")
     if step < total:

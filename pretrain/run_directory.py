@@ -1,6 +1,6 @@
 """The folder of one run: whose it is, whether it is finished, and what may change when it goes on.
 
-config.yaml   metrics.csv   checkpoints/last.ckpt   bad_samples.jsonl   results.json   report.html
+config.yaml   metrics.csv   checkpoints/last.ckpt   bad_samples.jsonl   samples.jsonl   results.json   report.html
 """
 
 import fcntl
@@ -11,13 +11,13 @@ from typing import Any, TextIO
 
 import yaml
 
-from pretrain.checkpoints import step_of
+from pretrain.checkpoints import read_checkpoint
 from pretrain.errors import RunError
 
 # What does not change what is learned: where and how fast it runs, and how often it reports. `data.train` may move,
 # because the manifest hash in the checkpoint still tells whether it is the same data.
 MAY_CHANGE = (
-    "output", "allow_changes", "checkpoint_every", "log_every", "wandb",
+    "output", "allow_changes", "checkpoint_every", "log_every", "log_keys", "wandb",
     "data.train", "data.workers", "data.device_batch_size", "data.bad_sample_budget",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark",
 )  # fmt: skip
@@ -30,6 +30,8 @@ class RunDirectory:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.csv"
+        self.samples = path / "samples.jsonl"
+        self.bad_samples = path / "bad_samples.jsonl"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self._lock: TextIO | None = None
@@ -80,9 +82,9 @@ class RunDirectory:
         """The same for every process that trains in this folder, so that a resumed run stays one run in wandb."""
         return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:12]
 
-    def step(self) -> int | None:
-        """Optimiser step of the last checkpoint; None before the first one."""
-        return step_of(self.last) if self.last.exists() else None
+    def checkpoint(self) -> dict[str, Any] | None:
+        """What the last checkpoint holds; None before the first one."""
+        return read_checkpoint(self.last) if self.last.exists() else None
 
     def check_same_run(self, config: dict[str, Any], allowed: list[str]) -> None:
         """RunError when `config` differs from the saved one in a key that changes what is learned.

@@ -1,17 +1,21 @@
-"""Stop requests: signal handlers that only set a flag, and the step at which all ranks agree on it.
+"""Stop requests and failures: remembered when they come, acted upon where all ranks agree on them.
 
-Saving inside a handler is not safe (the handler may run in the middle of an optimiser step, or of another save), so a
-handler only remembers the signal. Ranks are signalled at different moments; `agree` is collective and makes them stop
-after the same optimiser step.
+Saving inside a signal handler is not safe (the handler may run in the middle of an optimiser step, or of another save),
+so a handler only remembers the signal. Ranks are signalled at different moments, and one rank alone may fail (its disk
+is full, its worker was killed): if it left at once, the others would wait for it in a collective. `agree` is collective
+and makes all of them stop at the same place.
 """
 
 import signal
 import threading
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import distributed
+
+from pretrain.errors import AgreedFailure
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -22,16 +26,18 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self.agreed: int | None = None
+        self._failure: Exception | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
 
-    def listen(self, *signals: signal.Signals) -> None:
+    def listen(self, signals: Iterable[signal.Signals] = SIGNALS) -> None:
         """Install the handlers for `signals` (again: Lightning replaces some when training starts)."""
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may; whoever calls us from another one stops the run by other means
-        for signum in signals or SIGNALS:
-            before = signal.signal(signum, self._remember)
-            self._before.setdefault(signum, before)
+        for signum in SIGNALS:
+            self._before.setdefault(signum, signal.getsignal(signum))
+        for signum in signals:
+            signal.signal(signum, self._remember)
 
     def silence(self) -> None:
         """Put back the handlers that were there before."""
@@ -45,14 +51,42 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
 
-    def agree(self, bad: bool) -> bool:
-        """Collective: the ranks learn whether any was signalled (`agreed`) or has something `bad` (returned)."""
-        signum = self.signum or 0
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            if self._group is None:  # over the CPU: reading an answer off an accelerator would wait for its whole queue
-                self._group = distributed.new_group(backend="gloo")
-            flags = torch.tensor([signum, int(bad)])
-            distributed.all_reduce(flags, op=distributed.ReduceOp.MAX, group=self._group)
+    def fail(self, error: Exception) -> None:
+        """This rank cannot go on: the next `agree` raises the first such error on all ranks."""
+        self._failure = self._failure or error
+
+    def agree(self, bad: bool = False) -> bool:
+        """Collective: the ranks learn whether any was signalled (`agreed`) or has something `bad` (returned).
+
+        Raises:
+            AgreedFailure: when a rank has failed; on a single one, the error itself.
+        """
+        signum, failure, self._failure = self.signum or 0, self._failure, None
+        if _world_size() > 1:
+            flags = torch.tensor([signum, int(bad), int(failure is not None)])
+            distributed.all_reduce(flags, op=distributed.ReduceOp.MAX, group=self._over_cpu())
             signum, bad = int(flags[0]), bool(flags[1])
+            if flags[2]:
+                told = self.gather(failure and (str(failure), getattr(failure, "exit_code", 2)))
+                raise AgreedFailure(*next(line for line in told if line)) from failure
+        elif failure is not None:
+            raise failure
         self.agreed = signum or None
         return bad
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collective: one picklable value of each rank, on all of them."""
+        values = [value] * _world_size()
+        if len(values) > 1:
+            distributed.all_gather_object(values, value, group=self._over_cpu())
+        return values
+
+    def _over_cpu(self) -> Any:
+        """Collective at first: reading an answer off an accelerator would wait for its whole queue."""
+        if self._group is None:
+            self._group = distributed.new_group(backend="gloo")
+        return self._group
+
+
+def _world_size() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
