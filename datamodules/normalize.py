@@ -46,7 +46,7 @@ def check_channels(channels: int, bits: int, mean: Sequence[float], std: Sequenc
         return
     find = f"`trivit shards stats {data} --channels {channels}{' --bits 16' if bits == 16 else ''}` finds them"
     if channels != 3 and tuple(mean) == IMAGENET_MEAN and tuple(std) == IMAGENET_STD:
-        raise DataError(f"images of {channels} channels need their own data.mean and data.std: {find}")
+        raise DataError(f"data.channels {channels} needs a data.mean and data.std of its own: {find}")
     raise DataError(
         f"data.mean {list(mean)} and data.std {list(std)} must be one number for each of {channels} channels, "
         f"std above 0: {find}"
