@@ -1,11 +1,12 @@
-"""The MAE recipe from shards against the usual pipeline, ImageFolder with Pillow and torchvision v1: images per core.
+"""The recipes from shards against the usual pipeline, ImageFolder with Pillow and torchvision v1: images per core.
 
-The baseline is the augmentation of the MAE authors, `RandomResizedCrop(scale=(0.2, 1), bicubic)`, flip, `ToTensor` and
-`Normalize`, and torch's DataLoader. Both read the same files, in one worker each, and take turns within one run. What
-counts is the CPU time that the worker spent on a turn (so that other load on the machine matters little); the medians
-over the turns are reported. Ours leaves normalisation to the device; what it costs on a CPU is a row of its own.
+Both read the same files through torch's DataLoader, in one worker each, and take turns within one run; the baseline's
+augmentations (`benchmarks/augmentations.py`) are those of the authors of each objective. What counts is the CPU time
+that the worker spent on a turn, so that other load on the machine matters little; reported are the medians over the
+turns. Ours leaves normalisation to the device, and so colours unless the row says otherwise; what normalising costs on
+a CPU is a row of its own.
 
-Run: python -m benchmarks.loader [--json FILE]
+Run: python -m benchmarks.loader [--json FILE] [--only WORD]
 """
 
 import argparse
@@ -17,22 +18,23 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from benchmarks import augmentations
 from benchmarks.table import Row, show, write
 from datamodules.loader import iterate
 from datamodules.manifest import load_manifest
 from datamodules.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
 from datamodules.order import Order
-from datamodules.recipes import MAERecipe
+from datamodules.recipes import DINORecipe, MAERecipe, Recipe
 from datamodules.shard_reader import ShardReader
 from datamodules.shard_writer import ShardWriter
 from datamodules.stream import TrainStream
@@ -42,47 +44,99 @@ DATA = Path(os.environ.get("TRIVIT_BENCH_DATA", Path(__file__).resolve().parents
 TURNS = 5
 
 
-def measure() -> list[Row]:
-    """Full-size photographs, the same ones resized to 256, and TIN-40; none where the data is not at hand."""
+class Images(NamedTuple):
+    """Some image files, as a class folder and as shards."""
+
+    setting: str
+    folder: Path
+    shards: Path
+    count: int
+    batch: int
+
+
+def measure(only: str = "") -> list[Row]:
+    """The rows whose name or setting has `only` in it; none where the data is not at hand."""
     photographs, tiny = DATA / "inet250" / "images.tar", DATA / "tin40" / "train.tar"
     if not (photographs.is_file() and tiny.is_file()):
         return []
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        for setting, tar, resize, limit, crop, batch in (
-            ("photographs 500 x 375", photographs, None, 250, 224, 25),
-            ("photographs, shorter side 256, q90", photographs, 256, 250, 224, 25),
-            ("TIN-40, 64 x 64", tiny, None, 4000, 64, 100),
-        ):
-            folder, shards = (Path(temporary) / name / setting.replace(" ", "_") for name in ("folder", "shards"))
-            _copy(tar, folder, shards, resize, limit)
-            steps = limit // batch
-            ours, theirs, normalizing = [], [], []
-            for turn in range(TURNS):
-                theirs.append(_rate(_usual(folder, crop, batch), steps, batch))
-                batches = _stream(shards, crop, batch, range(turn * steps, (turn + 1) * steps))
-                ours.append(_rate(batches, steps, batch))
-                normalizing.append(_seconds_an_image(crop))
-            baseline, rate = statistics.median(theirs), statistics.median(ours)
-            rows.append(Row("MAE loader", setting, "images/s", rate, baseline, "ImageFolder + PIL + torchvision"))
-            both = 1 / (1 / rate + statistics.median(normalizing))
-            rows.append(
-                Row("MAE loader", f"{setting}; and normalising on that core", "images/s", both, baseline, "the same")
-            )
+        root = Path(temporary)
+        full = _copy(photographs, root / "full", "photographs 500 x 375", None, 250, 25)
+        small = _copy(photographs, root / "small", "photographs, shorter side 256, q90", 256, 250, 25)
+        tin40 = _copy(tiny, root / "tin40", "TIN-40, 64 x 64", None, 4000, 100)
+        rows = [row for make in (_mae, _dino, _clip) for row in make(only, full, small, tin40)]
+    torch.set_num_threads(threads)
     return rows
 
 
-def _copy(tar: Path, folder: Path, shards: Path, resize: int | None, limit: int) -> None:
+def _mae(only: str, *sets: Images) -> Iterator[Row]:
+    for images in sets:
+        if only in f"MAE loader {images.setting}":
+            size = 64 if images.batch == 100 else 224
+            ours, theirs = _in_turns(images, [MAERecipe(size)], augmentations.mae(size))
+            yield Row("MAE loader", images.setting, "images/s", ours[0], theirs, "ImageFolder + PIL + torchvision")
+            both = 1 / (1 / ours[0] + _seconds_an_image(size))
+            yield Row(
+                "MAE loader", f"{images.setting}; and normalising on that core", "images/s", both, theirs, "the same"
+            )
+
+
+def _dino(only: str, full: Images, small: Images, _: Images) -> Iterator[Row]:
+    for images in (full, small):
+        if only in f"DINO loader {images.setting}":
+            recipes = [DINORecipe(color_on="device"), DINORecipe(color_on="workers")]
+            ours, theirs = _in_turns(images, recipes, augmentations.DINOAugmentation())
+            for rate, where in zip(ours, ("colours left to the device", "colours, too"), strict=True):
+                setting = f"2x224 + 8x96, {images.setting}; {where}"
+                yield Row("DINO loader", setting, "images/s", rate, theirs, "ImageFolder + PIL + torchvision")
+
+
+def _clip(only: str, full: Images, small: Images, _: Images) -> Iterator[Row]:
+    for images in (full, small):
+        if only in f"CLIP loader {images.setting}":
+            ours, theirs = _in_turns(images, [MAERecipe(224, scale=(0.9, 1.0), hflip=0)], augmentations.clip(224))
+            yield Row("CLIP loader", images.setting, "images/s", ours[0], theirs, "ImageFolder + PIL + torchvision")
+
+
+def _in_turns(images: Images, recipes: Sequence[Recipe], augmentation: Any) -> tuple[list[float], float]:
+    """Median rate of each recipe and of the baseline."""
+    steps = images.count // images.batch
+    usual = ImageFolder(str(images.folder), augmentation)
+    manifest = load_manifest(images.shards)
+    order = Order(manifest.counts, seed=0, global_batch_size=images.batch)
+    streams = [TrainStream(order, ShardReader(manifest), recipe) for recipe in recipes]
+    rates: list[list[float]] = [[] for _ in streams]
+    baseline = []
+    for turn in range(TURNS):
+        baseline.append(_rate(lambda: DataLoader(usual, images.batch, shuffle=True, num_workers=1), images))
+        which = range(turn * steps, (turn + 1) * steps)
+        for stream, rate in zip(streams, rates, strict=True):
+            rate.append(_rate(partial(iterate, stream, which, workers=1), images))
+    return [statistics.median(rate) for rate in rates], statistics.median(baseline)
+
+
+def _rate(make: Callable[[], Iterable[Any]], images: Images) -> float:
+    """Images per second of CPU time in the worker, which has ended when the batches have."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert sum(1 for _ in make()) == images.count // images.batch
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return images.count / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def _copy(tar: Path, root: Path, setting: str, resize: int | None, limit: int, batch: int) -> Images:
     """The same image files as a class folder and as shards."""
-    (folder / "all").mkdir(parents=True)
-    with tarfile.open(tar) as source, ShardWriter(shards, samples_per_shard=500) as writer:
+    images = Images(setting, root / "folder", root / "shards", limit, batch)
+    (images.folder / "all").mkdir(parents=True)
+    with tarfile.open(tar) as source, ShardWriter(images.shards, samples_per_shard=500) as writer:
         members = [member for member in source if member.isfile() and member.name.endswith(".JPEG")]
         for i, member in enumerate(random.Random(0).sample(members, limit)):
             data = source.extractfile(member).read()  # type: ignore[union-attr]
             data = data if resize is None else _resized(data, resize)
-            (folder / "all" / f"{i:06d}.jpg").write_bytes(data)
+            (images.folder / "all" / f"{i:06d}.jpg").write_bytes(data)
             writer.write(f"{i:06d}", {"jpg": data})
+    return images
 
 
 def _resized(data: bytes, size: int) -> bytes:
@@ -92,31 +146,6 @@ def _resized(data: bytes, size: int) -> bytes:
     shape = (round(image.width * scale), round(image.height * scale))
     image.resize(shape, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
-
-
-def _usual(folder: Path, crop: int, batch: int) -> Callable[[], Iterable[Any]]:
-    augmentation = transforms.Compose([
-        transforms.RandomResizedCrop(crop, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-    ])  # fmt: skip
-    images = ImageFolder(str(folder), augmentation)
-    return lambda: DataLoader(images, batch, shuffle=True, num_workers=1)
-
-
-def _stream(shards: Path, crop: int, batch: int, steps: Sequence[int]) -> Callable[[], Iterable[Any]]:
-    manifest = load_manifest(shards)
-    order = Order(manifest.counts, seed=0, global_batch_size=batch)
-    return lambda: iterate(TrainStream(order, ShardReader(manifest), MAERecipe(crop)), steps, workers=1)
-
-
-def _rate(make: Callable[[], Iterable[Any]], steps: int, batch: int) -> float:
-    """Images per second of CPU time in the worker, which has ended when the batches have."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert sum(1 for _ in make()) == steps
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return steps * batch / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def _seconds_an_image(crop: int) -> float:
@@ -130,8 +159,9 @@ def main() -> None:
     """Print the table, write JSON when asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="")
     arguments = parser.parse_args()
-    rows = measure()
+    rows = measure(arguments.only)
     print(show(rows) if rows else f"nothing measured: {DATA} is not here")
     if arguments.json:
         write(rows, arguments.json)
