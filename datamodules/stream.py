@@ -34,13 +34,14 @@ class TrainStream(Dataset[dict[str, Any]]):
         recipe: images to views.
         rank, world_size: takes slice [rank B / world_size, (rank + 1) B / world_size) of every global batch B.
         accumulate: micro-batches that this slice is cut into.
+        ahead: called with every step that is loaded, to have later ones prepared.
     """
 
     def __init__(
         self, order: Order, reader: ShardReader, recipe: Recipe, *,
-        rank: int = 0, world_size: int = 1, accumulate: int = 1,
+        rank: int = 0, world_size: int = 1, accumulate: int = 1, ahead: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
-        self.order, self.reader, self.recipe = order, reader, recipe
+        self.order, self.reader, self.recipe, self.ahead = order, reader, recipe, ahead
         self.accumulate = accumulate
         self.micro_batch, rest = divmod(order.global_batch_size, world_size * accumulate)
         if rest:
@@ -51,6 +52,8 @@ class TrainStream(Dataset[dict[str, Any]]):
         self._first = rank * accumulate * self.micro_batch
 
     def __getitem__(self, micro_step: int) -> dict[str, Any]:
+        if self.ahead is not None:
+            self.ahead(micro_step // self.accumulate)
         draws = self._draws(micro_step)
         keys: list[str] = []
         bad: list[BadSample] = []
@@ -59,7 +62,8 @@ class TrainStream(Dataset[dict[str, Any]]):
     def blank(self, micro_step: int) -> dict[str, Any]:
         """A batch of the same shape that needs no data, for a step that will not count."""
         draws = self._draws(micro_step)
-        black = (torch.zeros((3, 1, 1), dtype=torch.uint8) for _ in range(self.micro_batch))
+        dtype = torch.uint8 if self.reader.bits == 8 else torch.float32
+        black = (torch.zeros((self.reader.channels, 1, 1), dtype=dtype) for _ in range(self.micro_batch))
         return self._batch(micro_step, draws, self.recipe(black, draws.rng), [""] * self.micro_batch, [])
 
     def _draws(self, micro_step: int) -> Draws:
@@ -92,7 +96,7 @@ class TrainStream(Dataset[dict[str, Any]]):
                     shard, sample = self.order.replacement(draws.epoch, position, attempt)
             else:
                 raise DataError(
-                    f"none of {_MOST_TRIES} samples tried in {self.reader.manifest.root} could be read, the last one: "
+                    f"none of {_MOST_TRIES} samples tried in {self.reader.manifest.name} could be read, the last one: "
                     f"{bad[-1].shard}, {bad[-1].key}: {bad[-1].reason}"
                 )
             keys.append(f"{self.reader.name(shard)}/{key}")

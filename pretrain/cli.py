@@ -85,15 +85,21 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     synth.add_argument("--samples", type=int, default=20_000)
     synth.add_argument("--size", type=int, default=64, help="pixels per side (default 64)")
     synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument(
+        "--split", default="all", help="train, test or test_unseen leave pairs of shape and colour out (default: all)"
+    )
     synth.add_argument("--samples-per-shard", type=int, help="default 1,000; fewer for a small set")
 
-    pack = _command(kinds, "pack", _pack, "pack class folders, a flat folder, or a tar of either into shards")
-    pack.add_argument("source", metavar="SRC")
+    pack = _command(kinds, "pack", _pack, "pack class folders, a flat folder, a tar of either, or a table into shards")
+    pack.add_argument("source", metavar="SRC", help="a folder, a .tar, or a table of paths (.csv .tsv .jsonl .parquet)")
     pack.add_argument("directory", metavar="DIR")
     pack.add_argument("--resize", type=int, help="shorter side in pixels (default: bytes stay as they are)")
     pack.add_argument("--quality", type=int, default=90, help="JPEG quality when resizing (default 90)")
-    pack.add_argument("--captions", help="table with a file name and a caption per row (.tsv, .csv or .jsonl)")
+    pack.add_argument("--captions", help="table with a file name and a caption per row, for a folder or a tar")
+    for column in ("image", "caption", "label"):
+        pack.add_argument(f"--{column}-column", metavar="NAME", help="of the table SRC (default: guessed, and said)")
     pack.add_argument("--samples-per-shard", type=int, help="default 1,000; fewer for a small set, so that cores share")
+    pack.add_argument("--extend", action="store_true", help="add to the set in DIR; its shards and labels stay")
 
     verify = _command(kinds, "verify", _verify, "read everything and tell what is wrong and where (exit code 1)")
     verify.add_argument("directory", metavar="DIR")
@@ -101,6 +107,12 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     inspect = _command(kinds, "inspect", _inspect, "counts, sizes, keys and a contact sheet")
     inspect.add_argument("directory", metavar="DIR")
     inspect.add_argument("--sheet", help="where to write the contact sheet (default DIR/contact_sheet.png)")
+
+    stats = _command(kinds, "stats", _stats, "mean and standard deviation of each channel, for --data.mean and .std")
+    stats.add_argument("directory", metavar="DIR")
+    stats.add_argument("--samples", type=int, default=10_000, help="images to read, drawn at random (default 10,000)")
+    stats.add_argument("--channels", type=int, default=3, help="of the images (default 3)")
+    stats.add_argument("--bits", type=int, default=8, choices=(8, 16), help="of a channel (default 8)")
 
 
 def _add_pretrain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -137,6 +149,7 @@ def _synth(arguments: argparse.Namespace, _: list[str]) -> int | None:
         samples=arguments.samples,
         size=arguments.size,
         seed=arguments.seed,
+        split=arguments.split,
         samples_per_shard=arguments.samples_per_shard,
     )
     return 0
@@ -151,7 +164,9 @@ def _pack(arguments: argparse.Namespace, _: list[str]) -> int | None:
         resize=arguments.resize,
         quality=arguments.quality,
         captions=arguments.captions,
+        columns={"image": arguments.image_column, "caption": arguments.caption_column, "label": arguments.label_column},
         samples_per_shard=arguments.samples_per_shard,
+        extend=arguments.extend,
     )
     return 0
 
@@ -166,6 +181,14 @@ def _inspect(arguments: argparse.Namespace, _: list[str]) -> int | None:
     from datamodules.inspect_shards import inspect_command
 
     return inspect_command(arguments.directory, sheet=arguments.sheet)
+
+
+def _stats(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from datamodules.stats import stats_command
+
+    return stats_command(
+        arguments.directory, samples=arguments.samples, channels=arguments.channels, bits=arguments.bits
+    )
 
 
 def _pretrain(_: argparse.Namespace, rest: list[str]) -> int | None:

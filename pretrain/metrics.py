@@ -37,7 +37,8 @@ class Metrics(Callback):
         self.stop = stop
         self.newest: dict[str, float] = {}
         self._seconds = 0.0  # training time before this process and up to the last row
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # over the whole steps of the row
+        self._step_sums: dict[str, Tensor] = {}  # over the step that has begun; a run may end in the middle of it
         self._row_step = 0  # the step after which the next row begins
         self._clock_step = 0  # the step at which `_since` was read
         self._since = 0.0
@@ -59,10 +60,14 @@ class Metrics(Callback):
             value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
             if name != "loss":  # which Lightning has divided already
                 value = value / trainer.accumulate_grad_batches
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            _add(self._step_sums, name, value)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        for name, value in self._step_sums.items():
+            _add(self._sums, name, value)
+        self._step_sums = {}
         step = trainer.global_step
-        at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if at_boundary and step > self._row_step and (step % self.every == 0 or step == trainer.max_steps):
+        if step > self._row_step and (step % self.every == 0 or step == trainer.max_steps):
             self._write(trainer, pl_module, step)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -125,6 +130,10 @@ class Metrics(Callback):
         state = checkpoint["metrics"]
         self._seconds, self._row_step = float(state["seconds"]), int(state["row_step"])
         self._sums = {name: total.to(trainer.strategy.root_device) for name, total in state["sums"].items()}
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
 
 
 def cut_back(path: Path, step: int) -> list[str]:
