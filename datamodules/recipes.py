@@ -20,9 +20,10 @@ from datamodules.color import ColorConfig, check_probabilities
 from datamodules.color_opencv import change_color, require_opencv
 from datamodules.crops import NUMBERS, crop, flip, random_resized_crop_box, resize
 from datamodules.errors import DataError
+from datamodules.sample_captions import CaptionConfig
 
 # What a random number is for. Never renumber: a run resumed with a newer version must draw the same crops.
-_CROP, _FLIP, _COLOR, _LOCAL_CROP, _LOCAL_FLIP, _LOCAL_COLOR = 1, 2, 3, 4, 5, 6
+_CROP, _FLIP, _COLOR, _LOCAL_CROP, _LOCAL_FLIP, _LOCAL_COLOR = 1, 2, 3, 4, 5, 6  # 7: see stream.py
 
 Range = tuple[float, float]
 RATIO: Range = (3 / 4, 4 / 3)
@@ -31,11 +32,13 @@ RATIO: Range = (3 / 4, 4 / 3)
 class Recipe(ABC):
     """What the loader needs of every recipe.
 
-    `crop_size` is the side of the encoder's (largest) input in pixels, `views` the names of what is made of the images.
+    `crop_size` is the side of the encoder's (largest) input in pixels, `views` the names of what is made of the images;
+    with `captions` every sample must have one, too.
     """
 
     crop_size: int
     views: tuple[str, ...]
+    captions: CaptionConfig | None = None
 
     @abstractmethod
     def __call__(self, images: Iterable[Tensor], keys: NDArray[np.int64]) -> dict[str, Any]:
@@ -46,7 +49,7 @@ class Recipe(ABC):
 
 
 class OneView(Recipe):
-    """One random resized crop and a horizontal flip: for recipes that need no more of an image."""
+    """One random resized crop and a horizontal flip: what MAE and CLIP have in common."""
 
     views = ("image",)
 
@@ -79,6 +82,33 @@ class MAERecipe(OneView):
         self, crop_size: int = 224, scale: Range = (0.2, 1.0), ratio: Range = RATIO, hflip: float = 0.5
     ) -> None:
         super().__init__(crop_size, scale, ratio, hflip)
+
+
+class CLIPRecipe(OneView):
+    """One view and its caption: a large random resized crop, bicubic, as in open_clip (LAION's runs).
+
+    Args:
+        crop_size: side of the view, pixels.
+        scale: range of the crop's area as a share of the image.
+        ratio: range of the crop's width / height.
+        hflip: probability of a flip; captions may say left and right.
+        captions: where they come from.
+
+    Raises:
+        DataError: when a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        crop_size: int = 224,
+        scale: Range = (0.9, 1.0),
+        ratio: Range = RATIO,
+        hflip: float = 0.0,
+        captions: CaptionConfig = CaptionConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(crop_size, scale, ratio, hflip)
+        captions.check()
+        self.captions = captions
 
 
 class DINORecipe(Recipe):

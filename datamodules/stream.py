@@ -12,21 +12,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules import rng
 from datamodules.bad_samples import BadSample, BadSamples
 from datamodules.errors import DataError
 from datamodules.loader import iterate
 from datamodules.order import Draws, Order
 from datamodules.recipes import Recipe
+from datamodules.sample_captions import SampleCaptions
 from datamodules.shard_reader import BadSampleError, ShardReader
 
 _MOST_TRIES = 32
+_CAPTION = 7  # what a random number is for; continues the list in recipes.py
 
 
 class TrainStream(Dataset[dict[str, Any]]):
     """Batches by number: `stream[m]` is micro-batch `m % accumulate` of optimiser step `m // accumulate`.
 
     A batch is {"image": uint8 [b 3 h w] (or whatever views the recipe makes), "rng": int64 [b], "position": int64 [b],
-    "key": list of "SHARD/KEY", "epoch": int, "step": int, "bad": list of BadSample}.
+    "key": list of "SHARD/KEY", "epoch": int, "step": int, "bad": list of BadSample}; with captions also "caption": list
+    of texts, and "text": int64 [b t], its tokens.
 
     Args:
         order: of the whole run.
@@ -35,13 +39,16 @@ class TrainStream(Dataset[dict[str, Any]]):
         rank, world_size: takes slice [rank B / world_size, (rank + 1) B / world_size) of every global batch B.
         accumulate: micro-batches that this slice is cut into.
         ahead: called with every step that is loaded, to have later ones prepared.
+        tokenize: texts to tokens int64 [b t]; needed by recipes with captions only.
     """
 
     def __init__(
         self, order: Order, reader: ShardReader, recipe: Recipe, *,
         rank: int = 0, world_size: int = 1, accumulate: int = 1, ahead: Callable[[int], None] | None = None,
+        tokenize: Callable[[list[str]], Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self.order, self.reader, self.recipe, self.ahead = order, reader, recipe, ahead
+        self.order, self.reader, self.recipe, self.ahead, self.tokenize = order, reader, recipe, ahead, tokenize
+        self._captions = None if recipe.captions is None else SampleCaptions(reader, recipe.captions)
         self.accumulate = accumulate
         self.micro_batch, rest = divmod(order.global_batch_size, world_size * accumulate)
         if rest:
@@ -56,15 +63,18 @@ class TrainStream(Dataset[dict[str, Any]]):
             self.ahead(micro_step // self.accumulate)
         draws = self._draws(micro_step)
         keys: list[str] = []
+        captions: list[str] = []
         bad: list[BadSample] = []
-        return self._batch(micro_step, draws, self.recipe(self._images(draws, keys, bad), draws.rng), keys, bad)
+        views = self.recipe(self._images(draws, keys, captions, bad), draws.rng)
+        return self._batch(micro_step, draws, views, keys, captions, bad)
 
     def blank(self, micro_step: int) -> dict[str, Any]:
         """A batch of the same shape that needs no data, for a step that will not count."""
         draws = self._draws(micro_step)
         dtype = torch.uint8 if self.reader.bits == 8 else torch.float32
         black = (torch.zeros((self.reader.channels, 1, 1), dtype=dtype) for _ in range(self.micro_batch))
-        return self._batch(micro_step, draws, self.recipe(black, draws.rng), [""] * self.micro_batch, [])
+        names = [""] * self.micro_batch
+        return self._batch(micro_step, draws, self.recipe(black, draws.rng), names, names, [])
 
     def _draws(self, micro_step: int) -> Draws:
         step, micro = divmod(micro_step, self.accumulate)
@@ -72,10 +82,15 @@ class TrainStream(Dataset[dict[str, Any]]):
         return self.order.batch(step, start, start + self.micro_batch)
 
     def _batch(
-        self, micro_step: int, draws: Draws, views: dict[str, Tensor], keys: list[str], bad: list[BadSample]
-    ) -> dict[str, Any]:
+        self, micro_step: int, draws: Draws, views: dict[str, Any], keys: list[str], captions: list[str],
+        bad: list[BadSample],
+    ) -> dict[str, Any]:  # fmt: skip
+        texts: dict[str, Any] = {} if self._captions is None else {"caption": captions}
+        if texts and self.tokenize is not None:
+            texts["text"] = self.tokenize(captions)
         return {
             **views,
+            **texts,
             "rng": torch.from_numpy(draws.rng),
             "position": torch.from_numpy(draws.position),
             "key": keys,
@@ -84,11 +99,13 @@ class TrainStream(Dataset[dict[str, Any]]):
             "bad": bad,
         }
 
-    def _images(self, draws: Draws, keys: list[str], bad: list[BadSample]) -> Iterator[Tensor]:
-        places = zip(draws.shard.tolist(), draws.sample.tolist(), draws.position.tolist(), strict=True)
-        for shard, sample, position in places:
+    def _images(self, draws: Draws, keys: list[str], captions: list[str], bad: list[BadSample]) -> Iterator[Tensor]:
+        chances = rng.uniform(draws.rng, _CAPTION, 1)[:, 0]
+        places = zip(*(each.tolist() for each in (draws.shard, draws.sample, draws.position, chances)), strict=True)
+        for shard, sample, position, chance in places:
             for attempt in range(_MOST_TRIES):
                 try:
+                    texts = [] if self._captions is None else self._captions.all(shard, sample)
                     key, image = self.reader.image(shard, sample)
                     break
                 except BadSampleError as error:
@@ -100,6 +117,8 @@ class TrainStream(Dataset[dict[str, Any]]):
                     f"{bad[-1].shard}, {bad[-1].key}: {bad[-1].reason}"
                 )
             keys.append(f"{self.reader.name(shard)}/{key}")
+            if texts:
+                captions.append(texts[int(chance * len(texts))])
             yield image
 
 

@@ -1,0 +1,56 @@
+"""What classes are called: a user's table of names, since folders often carry codes such as WordNet's."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from datamodules.errors import DataError
+from datamodules.tar_index import cannot_read
+
+_NAME_COLUMNS = ("names", "name", "class_name", "label", "words", "text")
+
+
+def read_class_names(path: str | Path, classes: Sequence[str]) -> list[list[str]]:
+    """The names of each class, in the order of `classes`; synonyms are separated by commas.
+
+    The table is TSV or CSV with a header: one column holds the classes as the data set calls them, another one (names,
+    name, class_name, label, words or text) what they are. Or it has one line of names for each class, in their order.
+
+    Raises:
+        DataError: when the file cannot be read, or does not name every class.
+    """
+    path = Path(path).expanduser()
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(cannot_read(path, error)) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    separator = "\t" if path.suffix.lower() != ".csv" else ","
+    rows = [row for row in csv.reader(lines, delimiter=separator) if row]
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    named = next((header.index(column) for column in _NAME_COLUMNS if column in header), None)
+    if named is not None and len(header) > 1:
+        table = [row for row in rows[1:] if len(row) == len(header)]
+        for column in range(len(header)):
+            names = {row[column]: row[named] for row in table if column != named}
+            if set(classes) <= set(names):
+                return [_synonyms(names[name], path) for name in classes]
+        missing = sorted(set(classes) - {cell for row in table for cell in row})
+        raise DataError(
+            f"{path} does not name {len(missing)} of {len(classes)} classes (first: {missing[0]})" if missing
+            else f"{path}: no column holds the classes as the data set calls them (such as {classes[0]})"
+        )  # fmt: skip
+    if len(rows) != len(classes):
+        raise DataError(
+            f"{path} has {len(rows)} lines for {len(classes)} classes: give one line of names for each class, or a "
+            f"header with a column of classes and one called {' or '.join(_NAME_COLUMNS[:2])}"
+        )
+    return [_synonyms(",".join(row), path) for row in rows]
+
+
+def _synonyms(cell: str, path: Path) -> list[str]:
+    names = [name.strip() for name in cell.split(",") if name.strip()]
+    if not names:
+        raise DataError(f"{path}: a class without a name")
+    return names
