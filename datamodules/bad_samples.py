@@ -32,10 +32,10 @@ class BadSamples:
         path: the JSON lines file, shared by all ranks; None keeps the account in memory.
         budget: largest share of bad samples.
         num_samples: of the data set.
-        root: the data set's folder, for the message.
+        root: the data set's folder or URL, for the message.
     """
 
-    def __init__(self, path: Path | None, budget: float, num_samples: int, root: Path) -> None:
+    def __init__(self, path: Path | None, budget: float, num_samples: int, root: Path | str) -> None:
         self.path, self.budget, self.num_samples, self.root = path, budget, num_samples, root
         self._known: set[tuple[str, str]] = set()
         self._read_up_to = 0

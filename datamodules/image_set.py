@@ -63,7 +63,7 @@ class EvaluationLoader:
             first = self.bad[0]
             log.warning(
                 "%s: %d bad samples left out, the first one: %s, %s: %s",
-                self.manifest.root, len(self.bad), first.shard, first.key, first.reason,
+                self.manifest.name, len(self.bad), first.shard, first.key, first.reason,
             )  # fmt: skip
 
 

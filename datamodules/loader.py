@@ -22,6 +22,7 @@ class Failure(NamedTuple):
     """Sent by a worker in place of a batch: torch would raise its DataError anew with a traceback for a message."""
 
     message: str
+    kind: type[DataError] = DataError
 
 
 class GuardedDataset(Dataset[Any]):
@@ -34,7 +35,7 @@ class GuardedDataset(Dataset[Any]):
         try:
             return self.dataset[index]
         except DataError as error:
-            return Failure(str(error))
+            return Failure(str(error), type(error))
 
 
 def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_memory: bool = False) -> Iterator[Any]:
@@ -65,7 +66,7 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
     try:
         for batch in batches:
             if isinstance(batch, Failure):
-                raise DataError(batch.message)
+                raise batch.kind(batch.message)
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
         told = "DataLoader worker" in str(error)  # torch says it itself, or a pipe breaks before torch knows

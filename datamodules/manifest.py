@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from datamodules.workers import Tick, spread
 FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.jsonl"
+REMOTE = "remote.json"
+"""In a folder of the cache that stands for a remote set: see `remote_set`."""
 CLASSES = "classes.txt"
 _SHARDS_FOR_PROCESSES = 64
 log = logging.getLogger("trivit")
@@ -48,7 +50,8 @@ class Manifest:
     """A set of shards in the order of their names.
 
     `classes`: the name of each label, empty when unknown (a label is then called by its number); `members`: extension
-    -> how many samples have it; `made_by`: what wrote the set; `hash`: over names, sizes, offsets and classes.
+    -> how many samples have it; `made_by`: what wrote the set; `hash`: over names, sizes, offsets and classes; `url`:
+    of a remote set, of which `root` is only the place in the cache.
     """
 
     root: Path
@@ -56,6 +59,12 @@ class Manifest:
     classes: tuple[str, ...] = ()
     members: dict[str, int] = field(default_factory=dict)
     made_by: str = ""
+    url: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a user calls the set: its URL or folder."""
+        return self.url or str(self.root)
 
     @property
     def num_samples(self) -> int:
@@ -116,6 +125,8 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
         DataError: when there is no such folder, no tar in it, no sample in the tars, or the set is unfinished.
     """
     root = Path(root)
+    if (root / REMOTE).is_file():
+        return _remote_manifest(root)
     manifest, _ = _stored_manifest(root, list_tars(root))
     if manifest is not None:
         return manifest
@@ -129,6 +140,14 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
                     "%s: the tars have changed: %d samples, before %d", root, manifest.num_samples, former.num_samples
                 )
         return manifest
+
+
+def _remote_manifest(root: Path) -> Manifest:
+    try:
+        manifest = Manifest.from_bytes(root, (root / MANIFEST).read_bytes())
+        return replace(manifest, url=json.loads((root / REMOTE).read_bytes())["url"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{root} in the cache is damaged ({error}): delete it, it will be fetched anew") from error
 
 
 def _stored_manifest(
@@ -192,8 +211,14 @@ def _index_shard(path: Path, tick: Tick) -> tuple[Shard, Counter[str]]:
 
 
 def list_tars(root: Path) -> dict[str, os.stat_result]:
-    """File name -> size and times of every tar in a folder; DataError as in `load_manifest`."""
+    """File name -> size and times of every tar in a folder; DataError as in `load_manifest`.
+
+    The tars of a remote set need not be in its folder.
+    """
     try:
+        if (root / REMOTE).is_file():
+            shards = _remote_manifest(root).shards
+            return {shard.name: os.stat_result((0o100444, 0, 0, 1, 0, 0, shard.bytes, 0, 0, 0)) for shard in shards}
         with os.scandir(root) as entries:
             files = {entry.name: entry for entry in entries}
         if UNFINISHED in files:

@@ -1,5 +1,6 @@
-"""Shards from whatever the user has: a folder of tars as it is, other images packed once into the cache."""
+"""Shards from whatever the user has: tars where they lie, here or behind a URL; other images packed once."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -7,22 +8,29 @@ from pathlib import Path
 
 from datamodules.console import tell
 from datamodules.errors import DataError
-from datamodules.manifest import MANIFEST, UNFINISHED
+from datamodules.manifest import CLASSES, MANIFEST, UNFINISHED, Manifest
 from datamodules.pack import pack
-from datamodules.sidecars import cache_home, cannot_write, locked
+from datamodules.remote import is_remote
+from datamodules.remote_set import expand, open_remote, short_names
+from datamodules.sidecars import cache_home, cannot_write, locked, write_aside
 from datamodules.sources import list_source
-from datamodules.tar_index import cannot_read
+from datamodules.tar_index import INDEX_SUFFIX, cannot_read
 
 
 def open_shards(path: str | os.PathLike[str]) -> Path:
-    """The folder of shards to read: `path` itself when it holds tars, else the cache with its images packed.
+    """The folder of shards to read: `path` itself when it holds tars, else one in the cache.
 
-    A plain folder of images or a tar of images is packed once, under `$TRIVIT_CACHE` or `~/.cache/trivit`, for as long
-    as its files stay the same; processes that ask at the same time wait for the one that packs.
+    A remote set (http, https, s3 or gs) is a folder in the cache whose tars come when they are needed; tars in brace
+    notation are a folder of links. A plain folder of images or a tar of images is packed once, under `$TRIVIT_CACHE` or
+    `~/.cache/trivit`, for as long as its files stay the same; processes that ask at the same time wait for the one that
+    packs.
 
     Raises:
-        DataError: when nothing is at `path`, it holds no image, is itself a shard, or the cache cannot be written.
+        DataError: when nothing is at `path`, it holds no image, is itself a shard, or the cache cannot be written; for
+            URLs as `remote_set.open_remote`.
     """
+    if (folder := named_tars(path)) is not None:
+        return folder
     path = Path(path).expanduser()
     try:
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
@@ -48,3 +56,44 @@ def open_shards(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise DataError(cannot_write(packed, error)) from error
     return packed
+
+
+def named_tars(path: str | os.PathLike[str]) -> Path | None:
+    """The folder in the cache for a URL or for tars in brace notation; None for any other path. DataError as above."""
+    if is_remote(path):
+        return open_remote(str(path))
+    pattern = os.path.expanduser(path)  # noqa: PTH111 - Path would drop what makes a pattern
+    return _linked(pattern) if "{" in pattern and not os.path.lexists(pattern) else None
+
+
+def _linked(pattern: str) -> Path:
+    """A folder of links to the tars that a pattern names, and to their indexes."""
+    tars = [Path(tar).resolve() for tar in expand(pattern)]
+    if gone := [tar for tar in tars if not tar.is_file()]:
+        raise DataError(f"{gone[0]} does not exist: {len(gone)} of the {len(tars)} tars that {pattern} names")
+    folder = cache_home() / "named" / hashlib.sha256("\n".join(map(str, tars)).encode()).hexdigest()[:24]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tar in zip(short_names([str(tar) for tar in tars]), tars, strict=True):
+            _link(folder / name, tar)
+            if (index := tar.with_name(tar.name + INDEX_SUFFIX)).is_file():
+                _link(folder / f"{name}{INDEX_SUFFIX}", index)
+        if not (folder / MANIFEST).is_file() and (classes := _classes(tars[0].parent)):
+            write_aside(folder / CLASSES, "\n".join(classes).encode())
+    except OSError as error:
+        raise DataError(cannot_write(folder, error)) from error
+    return folder
+
+
+def _link(link: Path, target: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(target)
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    """Names of the classes, which all tars of a folder share."""
+    with contextlib.suppress(OSError):
+        return tuple((folder / CLASSES).read_text("utf-8", "replace").splitlines())
+    with contextlib.suppress(OSError, ValueError):
+        return Manifest.from_bytes(folder, (folder / MANIFEST).read_bytes()).classes
+    return ()

@@ -38,6 +38,14 @@ class Draws(NamedTuple):
     rng: Ints  # [b]
 
 
+class Window(NamedTuple):
+    """Some consecutive shards of a lane that are shuffled together; `number` counts the windows of all lanes."""
+
+    epoch: int
+    lane: int
+    number: int
+
+
 @dataclass(frozen=True)
 class _Epoch:
     """The tables of one epoch; a piece is a run of samples of one shard, starts are places in the layout."""
@@ -119,6 +127,32 @@ class Order:
         chosen = start + rng.word(self.seed, epoch, 2, position, attempt) % size
         shard, sample = self._look_up(epoch, np.array([chosen]))
         return int(shard[0]), int(sample[0])
+
+    def windows(self, step: int, start: int = 0, stop: int | None = None) -> list[Window]:
+        """The windows that places [start, stop) of the global batch of a step are drawn from: one for each lane."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        per_lane = self.global_batch_size // self.lanes
+        lanes = range(start // per_lane, -(-(self.global_batch_size if stop is None else stop) // per_lane))
+        place = np.arange(lanes.start, lanes.stop) * self._lane_size + step_in_epoch * per_lane
+        numbers = np.searchsorted(self._epoch(epoch).window_start, place, side="right") - 1
+        return [Window(epoch, lane, number) for lane, number in zip(lanes, numbers.tolist(), strict=True)]
+
+    def following(self, window: Window) -> Window:
+        """The window after this one in its lane, which goes on in the next epoch."""
+        epoch, lane, number = window
+        starts = self._epoch(epoch).window_start
+        if number + 1 < len(starts) and starts[number + 1] < (lane + 1) * self._lane_size:
+            return Window(epoch, lane, number + 1)
+        starts = self._epoch(epoch + 1).window_start
+        return Window(epoch + 1, lane, int(np.searchsorted(starts, lane * self._lane_size)))
+
+    def shards_in(self, window: Window) -> list[int]:
+        """The shards that samples of this window lie in."""
+        table = self._epoch(window.epoch)
+        start = table.window_start[window.number]
+        first = np.searchsorted(table.piece_start, start, side="right") - 1
+        last = np.searchsorted(table.piece_start, start + table.window_size[window.number])
+        return list(dict.fromkeys(table.piece_shard[first:last].tolist()))
 
     def _shuffled(self, epoch: int, place: Ints) -> Ints:
         table = self._epoch(epoch)

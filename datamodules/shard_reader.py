@@ -1,17 +1,22 @@
 """Reading single samples out of shards: some open tars, positioned reads, and one kind of error for all damage."""
 
+import contextlib
 import os
 import resource
 import time
 import zlib
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from datamodules.decode import BadImageError, decode_image
-from datamodules.errors import DataError
+from datamodules.errors import DataError, DataFailure
 from datamodules.manifest import Manifest
+from datamodules.remote_set import fetch
+from datamodules.shard_cache import touch
 from datamodules.tar_index import PLAIN_IMAGES, Member, ShardIndex, read_index
 from datamodules.tar_samples import ARRAY
 
@@ -20,6 +25,9 @@ MAX_BYTES = 1 << 30
 
 _RETRY_AFTER = (0.1, 0.5, 2.0)
 _TRY_A_LOST_SHARD_AGAIN_AFTER = 10.0
+_SECONDS_BETWEEN_TOUCHES = 1.0
+_MOST_EVICTIONS_IN_A_ROW = 5
+Value = TypeVar("Value")
 
 
 class BadSampleError(Exception):
@@ -43,7 +51,7 @@ class ShardReader:
     def __init__(self, manifest: Manifest, open_shards: int = 64, channels: int = 3, bits: int = 8) -> None:
         self.manifest, self.channels, self.bits = manifest, channels, bits
         self.open_shards = min(open_shards, _allowed_files() // 2)
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, _OpenShard | _RemoteShard] = OrderedDict()
         self._lost: dict[int, tuple[float, str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,6 +90,15 @@ class ShardReader:
             raise self._bad(shard, key, f"cls: {text!r} is no index of a class")
         return label
 
+    def member(self, shard: int, sample: int, extension: str) -> bytearray | None:
+        """What a sample has under an extension; None when it has nothing. BadSampleError when it cannot be read."""
+        key, members = self._find(shard, sample)
+        return self._read(shard, key, members[extension]) if extension in members else None
+
+    def key(self, shard: int, sample: int) -> str:
+        """Key of a sample. BadSampleError when the shard has lost it."""
+        return self._find(shard, sample)[0]
+
     def name(self, shard: int) -> str:
         """File name of a shard."""
         return self.manifest.shards[shard].name
@@ -98,8 +115,13 @@ class ShardReader:
         data = bytearray(member.size)
         for pause in (*_RETRY_AFTER, None):
             try:
-                done = os.preadv(self._shard(shard, key).fd, [data], member.offset)
+                done = self._shard(shard, key).read_into(data, member.offset)
                 break
+            except DataFailure:
+                raise
+            except DataError as error:  # evicted from the cache, and now it cannot be fetched again
+                self._open.pop(shard, None)
+                raise self._bad(shard, key, f"{error}") from error
             except OSError as error:  # a network file system: the file may be there again after opening it anew
                 self._open.pop(shard, None)
                 if pause is None:
@@ -109,7 +131,7 @@ class ShardReader:
             raise self._bad(shard, key, f"cut off: {done} of {member.size} bytes are left")
         return data
 
-    def _shard(self, shard: int, key: str) -> "_OpenShard":
+    def _shard(self, shard: int, key: str) -> "_OpenShard | _RemoteShard":
         found = self._open.get(shard)
         if found is not None:
             self._open.move_to_end(shard)
@@ -119,6 +141,8 @@ class ShardReader:
             raise self._bad(shard, key, why)
         try:
             found = self._open_shard(shard)
+        except DataFailure:
+            raise
         except (DataError, OSError) as error:
             # Its other samples are not made to wait as long.
             self._lost[shard] = time.monotonic() + _TRY_A_LOST_SHARD_AGAIN_AFTER, f"{error}"
@@ -128,18 +152,19 @@ class ShardReader:
         self._open[shard] = found
         return found
 
-    def _open_shard(self, shard: int) -> "_OpenShard":
+    def _open_shard(self, shard: int) -> "_OpenShard | _RemoteShard":
         path = os.fspath(self.manifest.path(shard))
+        kind = _RemoteShard if self.manifest.url else _OpenShard
         for pause in _RETRY_AFTER:
             try:
-                return _OpenShard(path)
+                return kind(path)
             except (DataError, OSError) as error:
                 if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
                     raise
                 if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
                     raise
                 time.sleep(pause)
-        return _OpenShard(path)
+        return kind(path)
 
     def _bad(self, shard: int, key: str, reason: str) -> BadSampleError:
         return BadSampleError(self.name(shard), key, reason)
@@ -157,6 +182,42 @@ class _OpenShard:
         self.index: ShardIndex = read_index(path)
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
+    def read_into(self, data: bytearray, offset: int) -> int:
+        """Fill `data` from this place of the tar; returns how many bytes there were."""
+        return os.preadv(self.fd, [data], offset)
+
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
+
+
+class _RemoteShard:
+    """A tar in the cache, open only while it is read: once evicted it takes no space, and is fetched when needed."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self._touched = Path(path), 0.0
+        self.index: ShardIndex = self._despite_eviction(self._read_index)
+
+    def read_into(self, data: bytearray, offset: int) -> int:
+        """As `_OpenShard`; DataError when it must be fetched and cannot be."""
+        fd = self._despite_eviction(lambda: os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            if time.monotonic() > self._touched + _SECONDS_BETWEEN_TOUCHES:
+                touch(fd)
+                self._touched = time.monotonic()
+            return os.preadv(fd, [data], offset)
+        finally:
+            os.close(fd)
+
+    def _read_index(self) -> ShardIndex:
+        try:
+            return read_index(self.path)
+        except DataError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, FileNotFoundError) else error) from None
+
+    def _despite_eviction(self, action: Callable[[], Value]) -> Value:
+        for _ in range(_MOST_EVICTIONS_IN_A_ROW):
+            with contextlib.suppress(FileNotFoundError):
+                return action()
+            fetch(self.path)
+        return action()

@@ -159,10 +159,7 @@ def read_index(tar_path: str | os.PathLike[str]) -> ShardIndex:
     """
     tar_path = os.fspath(tar_path)
     sidecar = Path(tar_path + INDEX_SUFFIX)
-    try:
-        tar = Path(tar_path).stat()
-    except OSError as error:
-        raise DataError(cannot_read(tar_path, error)) from error
+    tar = _stat(tar_path)
     former: list[tuple[Path, ShardIndex]] = []
     for place, data in read_sidecar(sidecar):
         with contextlib.suppress(ValueError, OSError):
@@ -186,9 +183,9 @@ def read_index(tar_path: str | os.PathLike[str]) -> ShardIndex:
 
 def open_tar(path: str) -> int:
     """A file descriptor for reading; the caller closes it. DataError when this is no readable, uncompressed file."""
+    if not stat.S_ISREG(_stat(path).st_mode):
+        raise DataError(f"{path} is not a file: give a .tar")
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise DataError(f"{path} is not a file: give a .tar")
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise DataError(cannot_read(path, error)) from error
@@ -197,6 +194,19 @@ def open_tar(path: str) -> int:
         os.close(fd)
         raise DataError(f"{path} is compressed: unpack it first (images hardly shrink, and it cannot be read by index)")
     return fd
+
+
+def _stat(path: str) -> os.stat_result:
+    """Size and times of a tar; one of a remote set is fetched first when it is not in the cache."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            return Path(path).stat()
+        from datamodules.remote_set import fetch  # which indexes what it fetched
+
+        fetch(Path(path))
+        return Path(path).stat()
+    except OSError as error:
+        raise DataError(cannot_read(path, error)) from error
 
 
 def cannot_read(path: str | os.PathLike[str], error: OSError) -> str:

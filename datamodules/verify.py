@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from datamodules.console import table, tell
 from datamodules.manifest import MANIFEST, Manifest, list_tars
+from datamodules.open_shards import named_tars
 from datamodules.sidecars import read_sidecar
 from datamodules.tar_index import Finding, scan_tar
 from datamodules.verify_shard import CAPTION, LABEL, ShardToVerify, VerifiedShard, verify_shard
@@ -30,7 +31,7 @@ def verify(root: str | os.PathLike[str], *, workers: int | None = None) -> list[
     Raises:
         DataError: when there is no such folder, no tar in it, or the set is unfinished.
     """
-    root = Path(root)
+    root = named_tars(root) or Path(root)
     tars = list_tars(root)
     findings, manifest = _stored_manifest(root)
     listed = {shard.name: shard for shard in manifest.shards} if manifest else {}

@@ -8,6 +8,7 @@ from typing import Any
 from datamodules.errors import DataError
 from datamodules.manifest import Manifest, load_manifest
 from datamodules.open_shards import open_shards
+from datamodules.remote import is_remote
 from evaluation.errors import EvaluationError
 from evaluation.report_tables import test_set
 from evaluation.run_files import Run
@@ -23,7 +24,7 @@ class Section:
 
 
 def _open(path: str) -> Manifest:
-    if not Path(path).exists():
+    if not is_remote(path) and "{" not in path and not Path(path).exists():
         raise EvaluationError(f"{path} is not there any more")
     return load_manifest(open_shards(path))
 

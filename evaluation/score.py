@@ -14,6 +14,7 @@ import torch
 
 from datamodules.console import table
 from datamodules.open_shards import open_shards
+from datamodules.remote import is_remote
 from datamodules.sidecars import cannot_write, write_aside
 from evaluation.errors import EvaluationError
 from evaluation.features import Features, Featurizer, extract, pick_device
@@ -187,7 +188,7 @@ def _about(result: Any) -> tuple[Any, Any]:
 def about_data(features: Features, given: str | os.PathLike[str]) -> dict[str, Any]:
     """What a protocol says of a data set."""
     return {
-        "path": str(Path(given).resolve()),
+        "path": str(given if is_remote(given) else Path(given).resolve()),
         "images": len(features),
         "bad": features.bad,
         "hash": features.data_hash,
