@@ -16,6 +16,7 @@ from datamodules.manifest import Manifest, load_manifest
 from datamodules.normalize import IMAGENET_MEAN, IMAGENET_STD, check_channels, normalize
 from datamodules.open_shards import open_shards
 from datamodules.order import Order
+from datamodules.prefetch import TrainAhead
 from datamodules.recipes import Recipe
 from datamodules.shard_reader import ShardReader
 from datamodules.stream import StepLoader, TrainStream
@@ -33,7 +34,8 @@ class ShardDataModule(LightningDataModule):
     """Training batches, the same ones on any number of ranks and workers.
 
     Args:
-        train: a folder of shards; a folder or tar of images is packed into the cache first.
+        train: shards: a folder, its URL (http, https, s3, gs), or tars in brace notation; a folder or tar of images is
+            packed into the cache first.
         recipe: the augmentation.
         global_batch_size: samples of one optimiser step over all ranks.
         device_batch_size: the most samples that one device holds; more are accumulated.
@@ -142,7 +144,7 @@ class ShardDataModule(LightningDataModule):
             raise DataError("the length of the run is unknown: set trainer.max_steps (optimiser steps)")
         _match_batch_count(trainer, trainer.global_step * layout.accumulate)
         self.bad_samples = BadSamples(
-            self.bad_samples_file, self.bad_sample_budget, self.manifest.num_samples, self.manifest.root
+            self.bad_samples_file, self.bad_sample_budget, self.manifest.num_samples, self.manifest.name
         )
         return StepLoader(
             self.stream(trainer.world_size, trainer.global_rank), start=trainer.global_step * layout.accumulate,
@@ -157,17 +159,32 @@ class ShardDataModule(LightningDataModule):
         reader = ShardReader(self.manifest, max(64, shards_at_once), self.channels, self.bits)
         return TrainStream(
             self.order, reader, self.recipe, rank=rank, world_size=world_size,
-            accumulate=self.layout(world_size).accumulate,
+            accumulate=self.layout(world_size).accumulate, ahead=self._ahead(world_size, rank),
         )  # fmt: skip
+
+    def _ahead(self, world_size: int, rank: int) -> TrainAhead | None:
+        """What has remote shards fetched before they are needed."""
+        if not self.manifest.url:
+            return None
+        share = self.global_batch_size // world_size
+        ahead = TrainAhead(
+            self.order, self.manifest, start=rank * share, stop=(rank + 1) * share, ranks=self._local_ranks,
+            last_step=self.trainer.max_steps - 1 if self.trainer and self.trainer.max_steps > 0 else None,
+        )  # fmt: skip
+        ahead.warn_of_little_space()
+        return ahead
 
     @property
     def num_workers(self) -> int:
         """Loader processes of this rank: as given, or by its cores."""
         if self.workers is not None:
             return self.workers
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices if self.trainer else 1))
         on_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
-        return default_workers(local_ranks, on_accelerator=on_accelerator)
+        return default_workers(self._local_ranks, on_accelerator=on_accelerator)
+
+    @property
+    def _local_ranks(self) -> int:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.trainer.num_devices if self.trainer else 1))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Change colours where the recipe left that to the device, and normalise, in the model's own precision."""
