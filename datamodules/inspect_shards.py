@@ -12,6 +12,7 @@ from datamodules.console import one_line, table, tell
 from datamodules.contact_sheet import contact_sheet, save_sheet
 from datamodules.errors import DataError
 from datamodules.manifest import Manifest, load_manifest
+from datamodules.open_shards import named_tars
 from datamodules.tar_index import PLAIN_IMAGES, ShardIndex, open_tar, read_index
 from datamodules.tar_samples import ARRAY
 
@@ -39,14 +40,14 @@ def inspect_command(root: str | os.PathLike[str], sheet: str | os.PathLike[str] 
     Raises:
         DataError: as `load_manifest`, or when the sheet cannot be written.
     """
-    manifest = load_manifest(root)
+    manifest = load_manifest(named_tars(root) or root)
     counts = manifest.counts
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(f"{manifest.root}: {manifest.num_samples:,} samples in {len(counts)} shards, {megabytes:,.1f} MB")
+    print(f"{manifest.name}: {manifest.num_samples:,} samples in {len(counts)} shards, {megabytes:,.1f} MB")
     made_by = f"; made by: {manifest.made_by}" if manifest.made_by else ""
     print(f"samples per shard: {counts.min()} to {counts.max()}; hash {manifest.hash}{made_by}")
     if damaged := sum(shard.findings for shard in manifest.shards):
-        print(f"{damaged} findings in the tars: trivit shards verify {manifest.root} lists them")
+        print(f"{damaged} findings in the tars: trivit shards verify {manifest.name} lists them")
 
     rows, labels, keys = _survey(manifest)
     print(f"\nkeys: {one_line(', '.join(keys))}\n")
