@@ -8,6 +8,7 @@ which drops an alpha channel and takes the first frame of an animation; on top o
 Axes: h, w = rows and columns of the upright image, c = channels.
 """
 
+import contextlib
 import io
 import warnings
 from typing import Any, NamedTuple
@@ -24,13 +25,14 @@ from datamodules.native_pixels import (
     PIL_FORMATS,
     BadImageError,
     Pixels,
+    SeveralImagesError,
     deep_grey,
     native_pixels,
     refuse_bomb,
 )
 from datamodules.tar_samples import ARRAY, PLAIN_IMAGES
 
-__all__ = ["MAX_PIXELS", "BadImageError", "JpegHeader", "as_asked", "decode_image", "read_jpeg_header"]
+__all__ = ["MAX_PIXELS", "BadImageError", "JpegHeader", "any_pixels", "as_asked", "decode_image", "read_jpeg_header"]
 
 # torchvision 0.29 deprecates `io.decode_jpeg`, with a warning at every call that takes as long as a small image; the
 # operator below it is the same decoder. Without it (a later torchvision) Pillow decodes JPEGs, too.
@@ -85,6 +87,18 @@ def decode_image(data: bytes | bytearray, extension: str, channels: int = 3, bit
     return as_asked(native_pixels(data, extension), channels, bits)
 
 
+def any_pixels(data: bytes | bytearray, extension: str) -> Pixels:
+    """Decode one image as the file has it, or, where that is more than one image, as `decode_image` has it.
+
+    Raises:
+        BadImageError: when no channels and bits whatever could be asked for.
+    """
+    if read_jpeg_header(data) is None:
+        with contextlib.suppress(SeveralImagesError):
+            return native_pixels(data, extension)
+    return _rgb(data, extension)
+
+
 def as_asked(pixels: Pixels, channels: int, bits: int) -> Tensor:
     """Pixels of a file -> [channels h w], uint8 or (16 bits) float32 in 0..255, as `decode_image` says."""
     values = pixels.values
@@ -121,6 +135,10 @@ def read_jpeg_header(data: bytes | bytearray) -> JpegHeader | None:
         # 0xFF may be repeated as padding
         at += 1 if marker == 0xFF else 2 if marker in _WITHOUT_LENGTH else 2 + (data[at + 2] << 8 | data[at + 3])
     return None
+
+
+def _rgb(data: bytes | bytearray, extension: str) -> Pixels:
+    return Pixels(decode_image(data, extension).permute(1, 2, 0).numpy())
 
 
 def _rgb_by_pillow(data: bytes | bytearray) -> NDArray[np.uint8] | None:

@@ -128,8 +128,7 @@ def _histogram(manifest: Manifest, labels: Counter[str]) -> str:
 
 def _pictures(manifest: Manifest) -> list[_Picture]:
     """Evenly spread samples."""
-    from datamodules.decode import as_asked
-    from datamodules.native_pixels import BadImageError, native_pixels
+    from datamodules.decode import BadImageError, any_pixels, as_asked
 
     starts = np.concatenate([[0], np.cumsum(manifest.counts)])
     pictures = []
@@ -138,7 +137,7 @@ def _pictures(manifest: Manifest) -> list[_Picture]:
         try:
             key, data = _read(manifest.path(shard), int(position - starts[shard]))
             extension = next((extension for extension in data if extension in PLAIN_IMAGES), ARRAY)
-            native = native_pixels(data.get(extension, b""), extension)
+            native = any_pixels(data.get(extension, b""), extension)
             bits = 8 * native.values.dtype.itemsize
             pixels = as_asked(native, native.values.shape[2] - native.alpha, bits)
         except (BadImageError, DataError) as error:

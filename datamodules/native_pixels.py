@@ -37,6 +37,10 @@ class BadImageError(Exception):
     """These bytes are no image that can be used; the message says why in a few words."""
 
 
+class SeveralImagesError(BadImageError):
+    """A file with pages that cannot be the channels of one image."""
+
+
 class Pixels(NamedTuple):
     """uint8 or uint16 [h w c]; whether the last channel is the transparency of a picture."""
 
@@ -49,6 +53,7 @@ def native_pixels(data: bytes | bytearray, extension: str) -> Pixels:
 
     Raises:
         BadImageError: damaged, of another kind of numbers than uint8 and uint16, or too large.
+        SeveralImagesError: see there.
     """
     if not data:
         raise BadImageError("empty")
@@ -159,8 +164,10 @@ def _tiff(data: bytes | bytearray) -> NDArray[Any]:
         if any(page.dtype not in (np.dtype(np.uint8), np.dtype(np.uint16)) for page in pages):
             raise BadImageError(f"pixels of {first.dtype} have no fixed range: convert them to uint8 or uint16")
         alike = all(page.shape == first.shape and page.dtype == first.dtype for page in pages)
-        if not alike or (samples > 1 and len(pages) > 1) or first.axes not in ("YX", "YXS", "SYX"):
-            raise BadImageError(f"{len(pages)} pages, the first [{first.axes}] {list(first.shape)}: not one image")
+        if not alike or (samples > 1 and len(pages) > 1):
+            raise SeveralImagesError(f"{len(pages)} pages, the first of {list(first.shape)}: not one image")
+        if first.axes not in ("YX", "YXS", "SYX"):
+            raise BadImageError(f"axes {first.axes} of {list(first.shape)}: only rows, columns and channels are known")
         refuse_bomb(height, width, samples * len(pages) * first.dtype.itemsize)
         planes = [page.asarray(maxworkers=1) for page in pages]
         if first.photometric == tifffile.PHOTOMETRIC.MINISWHITE:

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from tqdm import tqdm
 from datamodules.captions import captions_of, read_captions
 from datamodules.console import one_line, tell
 from datamodules.errors import DataError
-from datamodules.manifest import MANIFEST, UNFINISHED, Manifest
-from datamodules.pack_plan import Job, default_samples_per_shard, plan
+from datamodules.manifest import MANIFEST, UNFINISHED, Manifest, Shard
+from datamodules.pack_plan import Job, Settings, default_samples_per_shard, make_entries, plan
 from datamodules.pack_shard import Packed, pack_shard
 from datamodules.shard_writer import LOCK, begin_set, finish_set, note_progress, remove_leftovers
 from datamodules.sidecars import cannot_write, locked, write_aside
@@ -28,22 +28,27 @@ SKIPPED = "skipped.tsv"
 
 def pack(
     src: str | os.PathLike[str], dst: str | os.PathLike[str], *, resize: int | None = None, quality: int = 90,
-    captions: str | os.PathLike[str] | None = None, samples_per_shard: int | None = None, workers: int | None = None,
+    captions: str | os.PathLike[str] | None = None, columns: Mapping[str, str | None] | None = None,
+    samples_per_shard: int | None = None, extend: bool = False, workers: int | None = None,
 ) -> Manifest:  # fmt: skip
-    """Pack class folders, a flat folder, or a tar of either into shuffled shards in the folder `dst`.
+    """Pack class folders, a flat folder, a tar of either, or a table of paths into shuffled shards in the folder `dst`.
 
     Interrupted, the same call goes on where it stopped; finished, it does nothing. The bytes of the images stay as they
     are unless `resize` is given; those that cannot be decoded are left out, counted, and listed in `skipped.tsv`.
     Says on stderr what it does.
 
     Args:
-        src: the images; folders above all of them mean nothing, the next ones are the classes.
+        src: the images; folders above all of them mean nothing, the next ones are the classes. Or a table, see
+            `table_source.list_table`.
         dst: absent, empty, or an interrupted try.
-        resize: shrink images to this many pixels on the shorter side, as JPEG; smaller ones stay as they are.
+        resize: shrink images to this many pixels on the shorter side, as JPEG (other than 8-bit grey and colour: as
+            .npy); smaller ones stay as they are.
         quality: of these JPEGs.
         captions: a table of file names and captions (`captions.py`); several captions for one image become a JSON
             member `{"captions": [...]}` beside the first one in `.txt`.
+        columns: of a table `src`: "image", "caption", "label" -> name of the column; usual names are found without.
         samples_per_shard: 1000 when None, fewer for small sets, so that there are several shards.
+        extend: `dst` is a finished set, to which the images are added, see `pack_extend.extend_set`.
         workers: processes; all cores when None.
 
     Raises:
@@ -55,39 +60,46 @@ def pack(
     if not 1 <= quality <= 100:
         raise DataError(f"--quality goes from 1 to 100, not {quality}")
     dst = Path(dst)
-    source = list_source(src)
-    if dst.resolve().is_relative_to(source.path.resolve()):
+    source = list_source(src, columns)
+    if source.path.is_dir() and dst.resolve().is_relative_to(source.path.resolve()):
         raise DataError(f"{dst} lies inside of {source.path}: choose a folder outside of the images")
     for note in source.notes[:5]:
         tell(note)
-    texts: list[list[str]] = [[] for _ in source.images]
-    if captions is not None:
-        texts = captions_of(source, read_captions(Path(captions)), Path(captions))
-        tell(f"{sum(map(bool, texts))} of {len(texts)} images have a caption")
-    samples_per_shard = samples_per_shard or default_samples_per_shard(len(source.images))
-    jobs = plan(source, texts, dst, resize=resize, quality=quality, samples_per_shard=samples_per_shard)
+    texts = _captions(source, captions)
+    settings = Settings(resize, quality, samples_per_shard or default_samples_per_shard(len(source.images)))
     made_by = (
         f"pack {source.path.name} resize={resize} quality={quality if resize else None} "
-        f"samples_per_shard={samples_per_shard} images={len(source.images)} content={_digest(source, texts)}"
+        f"samples_per_shard={settings.samples_per_shard} images={len(source.images)} content={_digest(source, texts)}"
     )
-    if (before := _finished(dst)) and before.made_by == made_by:
-        tell(f"{dst}: holds these {before.num_samples} samples already, nothing to do")
-        return before
-    notes = begin_set(dst, made_by)
     try:
+        if extend:
+            from datamodules.pack_extend import extend_set  # which stands on this file
+
+            return extend_set(dst, source, texts, settings, made_by, workers)
+        if (before := _finished(dst)) and made_by in before.made_by:
+            tell(f"{dst}: holds these {len(source.images)} samples already, nothing to do")
+            return before
+        notes = begin_set(dst, made_by)
         with locked(dst / LOCK, wait=False):
             remove_leftovers(dst)
-            packed = _pack_shards(dst, jobs, notes, workers)
-            return _finish(dst, source, [packed[job.number] for job in jobs], made_by)
+            packed = pack_jobs(dst, plan(source.root, make_entries(source, texts), dst, settings), notes, workers)
+            shards, members, skipped = sum_up(source, packed)
+            if skipped:
+                write_aside(dst / SKIPPED, skipped)
+            manifest = Manifest(dst, shards, source.classes, members, made_by)
+            finish_set(manifest)
+            report(manifest, source, skipped)
+            return manifest
     except OSError as error:
         raise DataError(cannot_write(dst / "a shard", error)) from error
     except KeyboardInterrupt:
-        tell(f"interrupted: {dst} is unfinished; the same command goes on from here")
+        state = "as it was before" if extend else "unfinished"
+        tell(f"interrupted: {dst} is {state}; the same command goes on from here")
         raise
 
 
-def _pack_shards(dst: Path, jobs: list[Job], notes: list[dict[str, Any]], workers: int | None) -> dict[int, Packed]:
-    """Write the shards that are not there yet; shard number -> what became of it."""
+def pack_jobs(dst: Path, jobs: list[Job], notes: list[dict[str, Any]], workers: int | None) -> list[Packed]:
+    """Write the shards that `notes` does not tell of yet, noting each in the set `dst`; what became of every job."""
     packed: dict[int, Packed] = {}
     for note in notes:
         result = Packed.from_note(note["packed"])
@@ -95,45 +107,67 @@ def _pack_shards(dst: Path, jobs: list[Job], notes: list[dict[str, Any]], worker
         if result.shard is None or (path.is_file() and path.stat().st_size == result.shard.bytes):
             packed[note["number"]] = result
     left = [job for job in jobs if job.number not in packed]
-    if not left:
-        return packed
-    if packed:
+    if packed and left:
         tell(f"going on: {len(packed)} of {len(jobs)} shards are done")
-    for module in ("webdataset.writer", "datamodules.decode"):
-        import_module(module)  # once here, so that no worker has to import torch for itself
-    began = time.monotonic()
-    total, to_do = sum(len(job.entries) for job in jobs), sum(len(job.entries) for job in left)
-    with tqdm(total=total, initial=total - to_do, desc="packing", unit="img", smoothing=0.1, disable=None) as bar:
-        for job, result in spread(pack_shard, left, workers=workers, tick=bar.update):
-            note_progress(dst, {"number": job.number, "packed": result.to_note()})
-            packed[job.number] = result
-    seconds = time.monotonic() - began
-    tell(f"{to_do} images in {seconds:.1f} s, {to_do / seconds:.0f} a second")
-    return packed
+    if left:
+        for module in ("webdataset.writer", "datamodules.decode", "datamodules.crops"):
+            import_module(module)  # once here, so that no worker has to import torch for itself
+        began = time.monotonic()
+        total, to_do = sum(len(job.entries) for job in jobs), sum(len(job.entries) for job in left)
+        with tqdm(total=total, initial=total - to_do, desc="packing", unit="img", smoothing=0.1, disable=None) as bar:
+            for job, result in spread(pack_shard, left, workers=workers, tick=bar.update):
+                note_progress(dst, {"number": job.number, "packed": result.to_note()})
+                packed[job.number] = result
+        seconds = time.monotonic() - began
+        tell(f"{to_do} images in {seconds:.1f} s, {to_do / seconds:.0f} a second")
+    return [packed[job.number] for job in jobs]
 
 
-def _finish(dst: Path, source: Source, packed: Sequence[Packed], made_by: str) -> Manifest:
-    """The manifest, the list of what was skipped, and a word about both."""
-    skipped = [(one_line(name), one_line(reason)) for result in packed for name, reason in result.skipped]
+def sum_up(source: Source, packed: Sequence[Packed]) -> tuple[tuple[Shard, ...], dict[str, int], bytes]:
+    """The shards that were written, how many samples have each extension, and the lines of `skipped.tsv`.
+
+    Raises:
+        DataError: when no image could be read.
+    """
+    skipped = [*source.skipped, *(entry for result in packed for entry in result.skipped)]
+    lines = [f"{one_line(name)}\t{one_line(reason)}\n" for name, reason in skipped]
     shards = tuple(result.shard for result in packed if result.shard is not None)
     if not shards:
-        name, reason = skipped[0]
+        name, reason = lines[0].rstrip("\n").split("\t")
         raise DataError(f"none of the {len(skipped)} images in {source.path} can be read (first: {name}: {reason})")
-    if skipped:
-        write_aside(dst / SKIPPED, "".join(f"{name}\t{reason}\n" for name, reason in skipped).encode())
-        tell(f"left out {len(skipped)} images that cannot be read (all in {dst / SKIPPED}):")
-        for name, reason in skipped[:5]:
-            tell(f"  {name}: {reason}")
+    members = sum((Counter(result.members) for result in packed), Counter[str]())
+    return shards, dict(sorted(members.items())), "".join(lines).encode()
+
+
+def report(manifest: Manifest, source: Source, skipped: bytes) -> None:
+    """What was left out, and what is there now."""
+    if lines := skipped.decode().splitlines():
+        tell(f"left out {len(lines)} images that cannot be read (all in {manifest.root / SKIPPED}):")
+        for line in lines[:5]:
+            tell("  " + line.replace("\t", ": ", 1))
     if source.ignored:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in source.ignored.most_common(4))
         tell(f"passed over {source.ignored.total()} files that are no images ({kinds})")
-    members = sum((Counter(result.members) for result in packed), Counter[str]())
-    manifest = Manifest(dst, shards, source.classes, dict(sorted(members.items())), made_by)
-    finish_set(manifest)
-    labelled = f"{len(source.classes)} classes" if source.classes else "no labels"
-    megabytes = sum(shard.bytes for shard in shards) / 1e6
-    tell(f"{dst}: {manifest.num_samples} samples, {labelled}, {len(shards)} shards, {megabytes:.1f} MB")
-    return manifest
+    numbered = "labels without names" if manifest.members.get("cls") else "no labels"
+    labelled = f"{len(manifest.classes)} classes" if manifest.classes else numbered
+    megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
+    tell(
+        f"{manifest.root}: {manifest.num_samples} samples, {labelled}, {len(manifest.shards)} shards, "
+        f"{megabytes:.1f} MB"
+    )
+
+
+def _captions(source: Source, table: str | os.PathLike[str] | None) -> list[list[str]]:
+    """The captions of each image, from a table or from the source itself."""
+    own = [list(captions) for captions in source.captions]
+    if table is not None:
+        if any(own):
+            raise DataError(f"{source.path} holds captions, and so does {table}: leave --captions out, or name another "
+                            "--caption-column")  # fmt: skip
+        own = captions_of(source, read_captions(Path(table)), Path(table))
+    if table is not None or any(own):
+        tell(f"{sum(map(bool, own))} of {len(own)} images have a caption")
+    return own or [[] for _ in source.images]
 
 
 def _finished(dst: Path) -> Manifest | None:

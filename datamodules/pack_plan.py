@@ -3,6 +3,7 @@
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Entry(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One shard to be written to `path`."""
+    """One shard to be written to `path`; number `number` of this pack, counted from 0."""
 
     number: int
     path: Path
@@ -34,15 +35,26 @@ class Job(NamedTuple):
     entries: list[Entry]
 
 
-def plan(
-    source: Source, captions: list[list[str]], dst: Path, *, resize: int | None, quality: int, samples_per_shard: int
-) -> list[Job]:
-    """Shuffle the images of a source and deal them out to shards."""
-    rows = zip(safe_keys(source), source.images, source.labels(), captions, strict=True)
-    entries = sorted((Entry(*row) for row in rows), key=_shuffled)
-    parts = [entries[first : first + samples_per_shard] for first in range(0, len(entries), samples_per_shard)]
+class Settings(NamedTuple):
+    """How images become shards."""
+
+    resize: int | None
+    quality: int
+    samples_per_shard: int
+
+
+def make_entries(source: Source, captions: list[list[str]]) -> list[Entry]:
+    """The images of a source, for a set of their own."""
+    return list(map(Entry, safe_keys(source), source.images, source.labels(), captions))
+
+
+def plan(root: Path, entries: Iterable[Entry], dst: Path, settings: Settings, first_shard: int = 0) -> list[Job]:
+    """Shuffle entries, whose files lie in `root`, and deal them out to shards with numbers from `first_shard` on."""
+    shuffled = sorted(entries, key=_shuffled)
+    size = settings.samples_per_shard
+    parts = [shuffled[first : first + size] for first in range(0, len(shuffled), size)]
     return [
-        Job(number, dst / shard_name(PREFIX, number), source.path, resize, quality, part)
+        Job(number, dst / shard_name(PREFIX, first_shard + number), root, settings.resize, settings.quality, part)
         for number, part in enumerate(parts)
     ]
 
@@ -60,8 +72,7 @@ def safe_keys(source: Source) -> list[str]:
         path = PurePosixPath(source.inner_name(image)).with_suffix("")
         key = "/".join(_safe(part) for part in path.parts if part not in ("..", "/"))
         if len(key.encode()) > _LONGEST_KEY:
-            head = key.encode()[: _LONGEST_KEY - 13].decode("utf-8", "ignore").rstrip("/")
-            key = f"{head}-{hashlib.sha256(image.name.encode()).hexdigest()[:12]}"
+            key = with_hash(key, image.name)
         unique, number = key, 1
         while unique in used:
             number += 1
@@ -69,6 +80,12 @@ def safe_keys(source: Source) -> list[str]:
         used.add(unique)
         keys.append(unique)
     return keys
+
+
+def with_hash(key: str, text: str) -> str:
+    """A key made unique by a hash of `text`, and not too long."""
+    head = key.encode()[: _LONGEST_KEY - 13].decode("utf-8", "ignore").rstrip("/")
+    return f"{head}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _safe(part: str) -> str:

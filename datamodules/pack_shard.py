@@ -2,10 +2,9 @@
 
 import io
 import json
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from datamodules.errors import DataError
 from datamodules.manifest import Shard, describe_shard
@@ -13,7 +12,11 @@ from datamodules.pack_plan import Entry, Job
 from datamodules.shard_writer import ShardFile, check_sample
 from datamodules.sidecars import cannot_write
 from datamodules.sources import SourceReader
+from datamodules.tar_samples import ARRAY
 from datamodules.workers import Tick
+
+if TYPE_CHECKING:
+    from datamodules.native_pixels import Pixels
 
 _TICK = 20
 
@@ -52,7 +55,7 @@ def pack_shard(job: Job, tick: Tick) -> Packed:
                 try:
                     extension, data = _read(reader, job, entry)
                 except Exception as error:  # whatever a decoder or a file system finds to complain about
-                    skipped.append((entry.image.name, f"{error}" or type(error).__name__))
+                    skipped.append((entry.image.name, _reason(error)))
                 else:
                     members = {extension: data} | _labels_and_texts(entry)
                     check_sample(entry.key, members)
@@ -73,28 +76,46 @@ def pack_shard(job: Job, tick: Tick) -> Packed:
     return Packed(describe_shard(index), dict(index.extension_counts()), skipped)
 
 
-def shrink(pixels: NDArray[np.uint8], shorter: int, quality: int) -> bytes:
-    """An image uint8 [h w 3] as JPEG with `shorter` pixels on its shorter side (bicubic, antialiased)."""
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{error}" or type(error).__name__
+
+
+def shrink(pixels: "Pixels", shorter: int, quality: int) -> tuple[str, bytes]:
+    """Extension and bytes of an image with `shorter` pixels on its shorter side (bicubic, antialiased).
+
+    8 bits of grey or colour become a JPEG without transparency, anything else an array (.npy, [h w c]), which loses no
+    more than the resizing does.
+    """
     from PIL import Image as Pillow
 
-    height, width = pixels.shape[:2]
+    from datamodules.crops import resize
+    from datamodules.decode import as_asked
+
+    height, width, channels = pixels.values.shape
     scale = shorter / min(height, width)
-    size = max(shorter, round(width * scale)), max(shorter, round(height * scale))
+    size = max(shorter, round(height * scale)), max(shorter, round(width * scale))
+    channels -= pixels.alpha
     out = io.BytesIO()
-    Pillow.fromarray(pixels).resize(size, Pillow.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
-    return out.getvalue()
+    if pixels.values.dtype == np.uint8 and channels in (1, 3):
+        shown = pixels.values[:, :, :3] if channels == 3 else pixels.values[:, :, 0]
+        Pillow.fromarray(shown).resize(size[::-1], Pillow.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
+        return "jpg", out.getvalue()
+    deep = pixels.values.dtype == np.uint16
+    small = resize(as_asked(pixels, channels, 16 if deep else 8), *size).permute(1, 2, 0).numpy()
+    np.save(out, np.round(small * 257).astype(np.uint16) if deep else small, allow_pickle=False)
+    return ARRAY, out.getvalue()
 
 
 def _read(reader: SourceReader, job: Job, entry: Entry) -> tuple[str, bytes]:
-    """Extension and bytes of an image that the loader will be able to decode."""
-    from datamodules.decode import decode_image
+    """Extension and bytes of an image that the loader will be able to decode, given its channels and bits."""
+    from datamodules.decode import any_pixels
 
     extension = entry.image.name.rpartition(".")[2].lower()
     data = reader.read(entry.image)
-    pixels = decode_image(data, extension)
-    if job.resize is None or min(pixels.shape[1:]) <= job.resize:
+    pixels = any_pixels(data, extension)
+    if job.resize is None or min(pixels.values.shape[:2]) <= job.resize:
         return extension, data
-    return "jpg", shrink(pixels.permute(1, 2, 0).numpy(), job.resize, job.quality)
+    return shrink(pixels, job.resize, job.quality)
 
 
 def _labels_and_texts(entry: Entry) -> dict[str, bytes]:

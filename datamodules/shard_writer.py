@@ -177,7 +177,7 @@ def begin_set(dst: Path, made_by: str) -> list[dict[str, Any]]:
         present = {entry.name for entry in dst.iterdir()}
         if UNFINISHED not in present:
             if MANIFEST in present or any(name.endswith(".tar") for name in present):
-                raise DataError(f"{dst} already holds shards: choose an empty folder, sets are not mixed")
+                raise DataError(f"{dst} already holds shards: choose an empty folder, --extend of pack adds to a set")
             write_aside(dst / UNFINISHED, json.dumps({"made_by": made_by}).encode() + b"\n")
             return []
         lines = (dst / UNFINISHED).read_bytes().splitlines(keepends=True)

@@ -1,13 +1,17 @@
-"""Where images to be packed come from: class folders, a flat folder, or a tar of either."""
+"""Where images to be packed come from: class folders, a flat folder, a tar of either, or a table of paths."""
 
 import hashlib
+import json
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from datamodules.errors import DataError
+from datamodules.tables import TABLES
 from datamodules.tar_index import PLAIN_IMAGES, cannot_read, open_tar
+from datamodules.tar_samples import ARRAY
 from datamodules.tar_walk import walk_tar
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -24,21 +28,30 @@ class Image:
 
 @dataclass(frozen=True)
 class Source:
-    """The images of a folder or tar, sorted by name.
+    """The images of a folder, tar or table, sorted by name.
 
-    `classes`: names of the class folders, empty for unlabelled images; `prefix`: folders above all images, which mean
-    nothing; `ignored`: how many other files there are by suffix; `notes`: what the user should know.
+    `root`: the folder or tar that their names begin in; `classes`: names of the class folders or labels, empty for
+    unlabelled images and for labels that are numbers; `prefix`: folders above all images, which mean nothing;
+    `ignored`: how many other files there are by suffix; `notes`: what the user should know.
+    Of a table: `numbers`: label of each image, -1 for none; `captions` of each; `skipped`: name and reason of what it
+    names in vain.
     """
 
     path: Path
+    root: Path
     images: tuple[Image, ...]
     classes: tuple[str, ...]
     prefix: str
     ignored: Counter[str] = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
+    captions: tuple[tuple[str, ...], ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
 
     def labels(self) -> list[int]:
         """Number of each image's class, -1 when unlabelled."""
+        if self.numbers:
+            return list(self.numbers)
         numbers = {name: number for number, name in enumerate(self.classes)}
         return [numbers.get(self.inner_name(image).partition("/")[0], -1) for image in self.images]
 
@@ -47,10 +60,12 @@ class Source:
         return image.name[len(self.prefix) :]
 
     def digest(self) -> str:
-        """Changes when an image is added, removed, renamed or resized."""
+        """Changes when an image is added, removed, renamed, resized, or labelled anew by a table."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(f"{image.name}\0{image.size}\0".encode())
+        if self.numbers:
+            digest.update(json.dumps([self.classes, self.numbers]).encode())
         return digest.hexdigest()[:12]
 
 
@@ -77,32 +92,44 @@ class SourceReader:
             self._tar = -1
 
 
-def list_source(path: str | os.PathLike[str]) -> Source:
-    """Find the images below a folder or in a tar, and what their folders mean.
+def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] | None = None) -> Source:
+    """Find the images below a folder, in a tar, or in a table, and what their folders or labels mean.
+
+    Args:
+        path: of the folder, tar or table.
+        columns: of a table, as `list_table` takes them.
 
     Raises:
         DataError: when the path does not exist or may not be read, holds no images, or holds several splits.
     """
     path = Path(path)
+    named = [f"--{kind}-column" for kind, name in (columns or {}).items() if name is not None]
     try:
         is_folder = path.is_dir()
         if not is_folder:
             path.stat()
     except OSError as error:
         raise DataError(cannot_read(path, error)) from error
+    if not is_folder and path.suffix.lower() in TABLES:
+        from datamodules.table_source import list_table  # which stands on this file
+
+        return list_table(path, columns or {})
+    if named:
+        raise DataError(f"{path} is no table ({', '.join(TABLES)}), so it has no {named[0]}")
     if not is_folder and path.suffix != ".tar":
-        raise DataError(f"{path} is neither a folder nor a .tar")
+        raise DataError(f"{path} is neither a folder nor a .tar nor a table ({', '.join(TABLES)})")
     files, notes = _in_folder(path) if is_folder else _in_tar(path)
     suffixes = Counter(PurePosixPath(file.name).suffix.lower() or "no suffix" for file in files)
     images = sorted((file for file in files if is_image(file.name)), key=lambda image: image.name)
     ignored = Counter({suffix: n for suffix, n in suffixes.items() if suffix[1:] not in PLAIN_IMAGES})
+    if not images and f".{ARRAY}" in ignored:
+        images = sorted((file for file in files if is_image(file.name, {ARRAY})), key=lambda image: image.name)
+        del ignored[f".{ARRAY}"]
     if not images:
         other = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(3))
         found = f"only other files ({other})" if other else "nothing"
         raise DataError(f"{path} holds no images, {found}: images end in {', '.join(sorted(PLAIN_IMAGES))}")
-    folders = [image.name.rpartition("/")[0] for image in images]
-    shared = os.path.commonpath(folders) if all(folders) else ""
-    prefix = f"{shared}/" if shared else ""
+    prefix = shared_prefix([image.name for image in images])
     inner = [image.name[len(prefix) :] for image in images]
     classes = sorted({name.partition("/")[0] for name in inner if "/" in name})
     loose = sum("/" not in name for name in inner)
@@ -111,13 +138,22 @@ def list_source(path: str | os.PathLike[str]) -> Source:
         classes = []
     if len(classes) > 1 and {name.lower() for name in classes} <= _SPLITS:
         raise DataError(f"{path} holds the splits {' and '.join(classes)}: pack each of them for itself")
-    return Source(path, tuple(images), tuple(classes), prefix, ignored, tuple(notes))
+    return Source(path, path, tuple(images), tuple(classes), prefix, ignored, tuple(notes))
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, suffixes: Set[str] = PLAIN_IMAGES) -> bool:
     """Whether a file is an image by its suffix; hidden files (`._x.jpg` of a Mac) are not."""
     base = name.rpartition("/")[2]
-    return not base.startswith(".") and base.rpartition(".")[2].lower() in PLAIN_IMAGES and "." in base
+    return not base.startswith(".") and base.rpartition(".")[2].lower() in suffixes and "." in base
+
+
+def shared_prefix(names: Sequence[str]) -> str:
+    """The folders, with a slash behind them, that all files lie in."""
+    folders = [name.rpartition("/")[0] for name in names]
+    if not all(folders) or len({folder.startswith("/") for folder in folders}) > 1:
+        return ""
+    shared = os.path.commonpath(folders)
+    return f"{shared.rstrip('/')}/" if shared else ""
 
 
 def _in_folder(root: Path) -> tuple[list[Image], list[str]]:

@@ -40,7 +40,8 @@ class ChannelStats:
     @property
     def mean(self) -> NDArray[np.float64]:
         """Mean of each channel, in [0, 1]."""
-        return self.counts @ self._values / self.counts.sum(axis=1)
+        mean: NDArray[np.float64] = self.counts @ self._values / self.counts.sum(axis=1)
+        return mean
 
     @property
     def std(self) -> NDArray[np.float64]:
@@ -52,7 +53,8 @@ class ChannelStats:
     def quantile(self, share: float) -> NDArray[np.int64]:
         """The value that this share of a channel's pixels does not exceed, in units of the file."""
         reached = self.counts.cumsum(axis=1) >= np.maximum(1, share * self.counts.sum(axis=1, keepdims=True))
-        return reached.argmax(axis=1)
+        value: NDArray[np.int64] = reached.argmax(axis=1)
+        return value
 
     @property
     def _values(self) -> NDArray[np.float64]:

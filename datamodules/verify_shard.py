@@ -163,10 +163,10 @@ def _check_text(extension: str, content: bytes, classes: int) -> tuple[str, str]
 
 def _decode(data: bytes, extension: str) -> tuple[int, int] | str:
     """Height and width of an image, or what is wrong with it."""
-    from datamodules.native_pixels import BadImageError, native_pixels
+    from datamodules.decode import BadImageError, any_pixels
 
     try:
-        height, width, _ = native_pixels(data, extension).values.shape
+        height, width, _ = any_pixels(data, extension).values.shape
     except BadImageError as error:
         return f"{error}"
     return height, width

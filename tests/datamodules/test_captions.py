@@ -38,10 +38,11 @@ def test_tables(tmp_path: Path, name: str, text: str) -> None:
         ("c.tsv", b"a.jpg\t \n", "holds no captions"),
         ("c.tsv", b"a.jpg\t\xff\n", r"not UTF-8 text \(byte 6\)"),
         ("c.jsonl", b"{", "cannot be read as a table"),
-        ("c.jsonl", b"[1]", "line 1: not a JSON object"),
+        ("c.jsonl", b"[1]", "record 1: not a JSON object"),
         ("c.jsonl", b'{"file": "a"}', "line 1: a file name and a caption"),
         ("c.jsonl", b'{"file": 3, "text": "x"}', "line 1: a file name and a caption"),
-        ("c.parquet", b"PAR1", r"captions come as \.tsv, \.csv or \.jsonl"),
+        ("c.parquet", b"PAR1", "cannot be read as a table"),
+        ("c.xlsx", b"PK", r"captions come as \.tsv, \.csv, \.jsonl or \.parquet"),
     ],
 )
 def test_bad_tables(tmp_path: Path, name: str, content: bytes, message: str) -> None:
