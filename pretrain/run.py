@@ -65,6 +65,8 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         data: ShardDataModule = parts.data
         task: PretrainTask = parts.model
         data.bad_samples_file = directory.bad_samples
+        data.tokenize = task.tokenize
+        _match(task, data)
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
@@ -142,6 +144,16 @@ def _trainer(
         return Trainer(**{**dict(settings), **own}), progress
     except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"the trainer settings cannot work here: {error}") from error
+
+
+def _match(task: PretrainTask, data: ShardDataModule) -> None:
+    recipe = data.recipe
+    made = (*recipe.views, *(("text",) if recipe.captions is not None else ()))
+    if missing := [name for name in task.learns_from if name not in made]:
+        raise RunError(
+            f"{type(task).__name__} learns from {', '.join(missing)}, but {type(recipe).__name__} makes "
+            f"{', '.join(made)}: set data.recipe.class_path to the recipe of {task.objective}"
+        )
 
 
 def _lay_out(trainer: Trainer, data: ShardDataModule, stop: StopRequest) -> None:

@@ -66,6 +66,7 @@ class DINOTask(PretrainTask):
     """
 
     objective = "dino"
+    learns_from = ("global_views",)
     encoder_prefix = "model.teacher.encoder."
     model: DINO
 

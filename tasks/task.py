@@ -19,7 +19,8 @@ from tasks.schedules import set_learning_rate, warmup_cosine
 class PretrainTask(pl.LightningModule):
     """Trains `self.model` with AdamW under a warm-up and a cosine.
 
-    A subclass sets `model` and `objective`; its `training_step` returns {"loss": ..., name: detached scalar}.
+    A subclass sets `model`, `objective` and `learns_from`, the parts of a batch that it cannot do without; its
+    `training_step` returns {"loss": ..., name: detached scalar}. One that learns from texts has `tokenize`.
     The trainer must have max_steps and a datamodule with global_batch_size, steps_per_epoch and seed.
 
     Args:
@@ -36,6 +37,8 @@ class PretrainTask(pl.LightningModule):
     """
 
     objective = ""
+    learns_from: tuple[str, ...] = ("image",)
+    tokenize: Callable[[list[str]], Tensor] | None = None
     encoder_prefix = "model.encoder."
     model: torch.nn.Module
 

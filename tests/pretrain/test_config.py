@@ -17,6 +17,10 @@ BAD = {
     "unknown trainer key": (["--trainer.max_step", "3"], ["max_step"]),
     "unknown task": (["--model", "tasks.nothing.Task"], ["tasks.nothing"]),
     "a word for a number": (["--trainer.max_steps", "many"], ["max_steps"]),
+    "a recipe of another objective": (
+        ["--data.recipe", "datamodules.recipes.DINORecipe", "--data.recipe.crop_size", "16"],
+        ["MAETask learns from image", "DINORecipe makes global_views, local_views", "recipe of mae"],
+    ),
     "both lengths": (["--epochs", "3"], ["epochs", "max_steps"]),
     "no length": (["--trainer.max_steps", "-1"], ["epochs", "max_steps"]),
     "negative epochs": (["--trainer.max_steps", "-1", "--epochs", "-2"], ["epochs"]),
