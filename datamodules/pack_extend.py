@@ -39,20 +39,21 @@ def extend_set(
     if not dst.is_dir():
         raise DataError(f"{dst} holds no set that could be extended: leave --extend out")
     with locked(dst / LOCK, wait=False):
-        _finish_interrupted(dst)
-        before = load_manifest(dst)
-        if made_by in before.made_by:
-            tell(f"{dst}: holds these {len(source.images)} samples already, nothing to do")
-        else:
-            _add(dst, before, source, captions, settings, made_by, workers)
-    (dst / LOCK).unlink(missing_ok=True)
-    return load_manifest(dst)
+        try:
+            _finish_interrupted(dst)
+            before = load_manifest(dst)
+            if made_by in before.made_by:
+                tell(f"{dst}: holds these {len(source.images)} samples already, nothing to do")
+                return before
+            return _add(dst, before, source, captions, settings, made_by, workers)
+        finally:
+            (dst / LOCK).unlink(missing_ok=True)
 
 
 def _add(
     dst: Path, before: Manifest, source: Source, captions: list[list[str]], settings: Settings, made_by: str,
     workers: int | None,
-) -> None:  # fmt: skip
+) -> Manifest:  # fmt: skip
     content = made_by.rpartition(" ")[2]
     if content in before.made_by.replace(";", " ").split():
         raise DataError(f"{dst} holds these images already, packed with other settings: {before.made_by}")
@@ -82,6 +83,7 @@ def _add(
     write_aside(aside / MANIFEST, merged.to_bytes())  # from here on everything is decided
     _finish_interrupted(dst)
     report(merged, source, skipped)
+    return merged
 
 
 def _finish_interrupted(dst: Path) -> None:

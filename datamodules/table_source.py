@@ -120,7 +120,7 @@ def _choose(path: Path, columns: Mapping[str, str | None]) -> tuple[dict[str, st
         )
     what = ", ".join(f"{kind}s from {name!r}" for kind, name in chosen.items())
     flags = ", ".join(f"--{kind}-column" for kind in guessed)
-    return chosen, [f"{path.name}: {what}" + (f" (guessed; {flags} would say so)" if guessed else "")]
+    return chosen, [f"{path.name}: {what}" + (f" (guessed; {flags} choose others)" if guessed else "")]
 
 
 def _label(value: object) -> int | str | None:
