@@ -102,7 +102,7 @@ def any_pixels(data: bytes | bytearray, extension: str) -> Pixels:
 def as_asked(pixels: Pixels, channels: int, bits: int) -> Tensor:
     """Pixels of a file -> [channels h w], uint8 or (16 bits) float32 in 0..255, as `decode_image` says."""
     values = pixels.values
-    if pixels.alpha and channels < values.shape[2]:
+    if pixels.alpha and channels != values.shape[2]:
         values = values[:, :, :-1]
     if values.shape[2] == 1 and channels == 3:
         values = np.repeat(values, 3, axis=2)

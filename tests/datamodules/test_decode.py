@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from datamodules.decode import BadImageError, decode_image, read_jpeg_header
+from tests.datamodules.deep_images import npy, png, tiff, tiff_pages, values
 
 
 def photograph(height=40, width=60, channels=3) -> Image.Image:
@@ -186,3 +187,63 @@ def test_jpeg_header():
     assert read_jpeg_header(encode(photograph(), "PNG")) is None
     padded = encode(photograph(), "JPEG")
     assert read_jpeg_header(padded[:2] + b"\xff\xff" + padded[2:]) == (40, 60, 3, False)
+
+
+def test_sixteen_bits_keep_their_precision_in_units_of_eight():
+    for c, data, extension in ((3, png, "png"), (5, tiff, "tif"), (2, npy, "npy"), (1, tiff, "tif")):
+        pixels = values(c)
+        image = decode_image(data(pixels), extension, c, 16)
+        assert image.dtype == torch.float32 and image.permute(1, 2, 0).is_contiguous()
+        assert image.min() >= 0 and image.max() <= 255
+        assert np.array_equal((image * 257).round().int().permute(1, 2, 0).numpy(), pixels)
+        eight = decode_image(data(pixels), extension, c)
+        assert eight.dtype == torch.uint8 and np.array_equal(eight.permute(1, 2, 0).numpy(), pixels >> 8)
+
+
+def test_eight_bits_in_units_of_eight():
+    data = encode(photograph(), "JPEG")
+    assert torch.equal(decode_image(data, "jpg", 3, 16), decode_image(data, "jpg").float())
+
+
+def test_grey_from_colour_is_pillows():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    expected = torch.from_numpy(np.asarray(image.convert("L")).copy())[None]
+    assert torch.equal(decode_image(encode(image, "PNG"), "png", 1), expected)
+    jpeg = encode(photograph(), "JPEG", quality=95)
+    grey = np.asarray(Image.open(io.BytesIO(jpeg)).convert("L")).astype(int)
+    assert np.abs(decode_image(jpeg, "jpg", 1)[0].numpy().astype(int) - grey).max() <= 2
+
+
+def test_colour_from_grey_repeats():
+    image = decode_image(npy(values(1, 8)), "npy", 3)
+    assert image.shape == (3, 20, 30) and torch.equal(image[0], image[2])
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("LA", 1), ("LA", 3), ("RGBA", 1), ("RGBA", 3)])
+def test_transparency_is_dropped(mode, channels):
+    image = photograph().convert("RGBA")
+    image.putalpha(photograph(channels=1))
+    data = encode(image.convert(mode), "PNG")
+    expected = Image.open(io.BytesIO(data)).convert("RGB").convert("L" if channels == 1 else "RGB")
+    ours = decode_image(data, "png", channels, 16).permute(1, 2, 0).numpy().squeeze()
+    assert np.array_equal(ours, np.asarray(expected))
+
+
+def test_transparency_can_be_a_channel():
+    image = photograph().convert("RGBA")
+    assert decode_image(encode(image, "PNG"), "png", 4).shape == (4, 40, 60)
+
+
+@pytest.mark.parametrize(("has", "asked"), [(3, 5), (5, 3), (4, 3), (4, 1), (2, 3), (2, 1), (1, 2), (3, 2), (3, 4)])
+def test_any_other_number_of_channels_is_a_bad_image(has, asked):
+    with pytest.raises(BadImageError, match=f"{has} channels of 30 x 20 pixels in the file, {asked} were asked for"):
+        decode_image(npy(values(has, 8)), "npy", asked)
+    if asked != 3:
+        with pytest.raises(BadImageError, match=f"in the file, {asked} were asked for"):
+            decode_image(tiff(values(has)), "tif", asked, 16)
+
+
+def test_three_pages_are_three_channels_without_being_asked():
+    pixels = values(3, 8)
+    image = decode_image(tiff_pages([pixels[:, :, i] for i in range(3)]), "tif")
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
