@@ -52,6 +52,8 @@ class EncoderConfig:
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         norm_eps: epsilon of every LayerNorm.
         qkv_bias: whether query, key and value have a bias.
+        pre_norm: a LayerNorm before the first block, and no bias in the patch embedding (CLIP).
+        activation: of the MLPs; `quick_gelu` is x * sigmoid(1.702 x) (OpenAI's CLIP weights).
         pool: how tokens become one feature vector in evaluation.
         mean: per-channel mean that images were normalised with, in units of [0, 1].
         std: per-channel standard deviation, likewise.
@@ -75,6 +77,8 @@ class EncoderConfig:
     drop_path: float = 0.0
     norm_eps: float = 1e-6
     qkv_bias: bool = True
+    pre_norm: bool = False
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
     pool: Pool = "mean"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD

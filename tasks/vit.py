@@ -71,8 +71,10 @@ def build_vit(config: EncoderConfig) -> Any:
         # registers have no place, and then timm's layout gives the class token none either (it can learn its own)
         no_embed_class=config.registers > 0,
         reg_tokens=config.registers,
+        pre_norm=config.pre_norm,
         drop_path_rate=config.drop_path,
         norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+        act_layer=config.activation,
         block_fn=ViTBlock,
         weight_init="skip",
     )
