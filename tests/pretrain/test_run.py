@@ -5,11 +5,13 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
+from datamodules import bad_samples
+from datamodules.manifest import load_manifest
 from datamodules.shard_writer import ShardWriter
+from datamodules.synth import synth
+from datamodules.tar_index import read_index
 from pretrain import pretrain as pretrain_from_python
 from pretrain.cli import main
 from pretrain.config import parse
@@ -189,6 +195,66 @@ def test_too_many_bad_samples_keep_what_was_learned(
         assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == reached
     assert pretrain(*arguments, "--data.bad_sample_budget", 0.2) == 0
     assert len(losses(run)) == 30
+
+
+def test_a_damaged_set_is_trained_on_and_every_loss_is_told(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad image, a shard that was cut, one that vanishes while running, and one that nobody had indexed, cut, too."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    synth(data, samples=96, size=32, seed=3, samples_per_shard=24)
+    foreign = (data / "synth-000000.tar").read_bytes()
+    load_manifest(data)
+    index = read_index(data / "synth-000001.tar")
+    with (data / "synth-000001.tar").open("r+b") as file:
+        file.truncate(index.members(20)["jpg"].offset)  # 4 samples lose their image
+        file.seek(index.members(3)["jpg"].offset)
+        file.write(b"no image")
+    (data / "x.tar").write_bytes(foreign[: len(foreign) // 2])
+
+    class Thief(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            if trainer.global_step == 2:
+                (data / "synth-000002.tar").unlink()
+                trainer.train_dataloader.stream.reader._open.clear()
+
+    more = ["--data.train", str(data), "--output", str(run), "--trainer.max_steps", "30"]
+    train(*parse([*small, *more, "--data.bad_sample_budget", "0.5"]), [Thief()])
+    error = capsys.readouterr().err
+    assert f"findings in the tars of {data}: trivit shards verify lists them" in error
+    bad = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert f"{len(bad)} bad samples were replaced, {run / 'bad_samples.jsonl'} names them" in error
+    assert len(bad) == len({(line["shard"], line["key"]) for line in bad})
+    counted = Counter(line["shard"] for line in bad)
+    assert counted["synth-000001.tar"] == 5 and counted["synth-000002.tar"] == 24 and counted.total() == 29
+    assert all(line["reason"] for line in bad)
+
+    capsys.readouterr()
+    again = [*small, "--data.train", data, "--output", tmp_path / "again", "--data.workers", 2]
+    assert pretrain(*again, "--trainer.max_steps", 30) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: ")]
+    assert len(lines) == 1 and "bad samples in" in lines[0] and "data.bad_sample_budget 0.01" in lines[0]
+
+
+def test_a_full_disk_for_the_account_of_bad_samples_is_one_line(
+    small: list[str], drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(drawn, data)
+    index = read_index(data / "synth-000000.tar")
+    with (data / "synth-000000.tar").open("r+b") as file:
+        file.seek(index.members(3)["jpg"].offset)
+        file.write(b"no image")
+    write = os.write
+    monkeypatch.setattr(bad_samples.os, "write", lambda file, line: write(file, line[:10]))  # as far as there is space
+    arguments = [*small, "--data.train", data, "--data.bad_sample_budget", 0.5, "--output", tmp_path / "run"]
+    assert pretrain(*arguments) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: ")]
+    assert len(lines) == 1 and "is full: free some space" in lines[0]
+    monkeypatch.setattr(bad_samples.os, "write", write)
+    assert pretrain(*arguments) == 0
+    assert len(losses(tmp_path / "run")) == 8
+    assert "1 bad samples were replaced" in capsys.readouterr().err
 
 
 def test_a_callback_may_end_the_run(small: list[str], tmp_path: Path) -> None:

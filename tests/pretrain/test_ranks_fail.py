@@ -1,0 +1,62 @@
+"""What ends one rank ends all of them, soon, and in one line."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pretrain.processes import SMALL, end, samples, start
+
+# In place of `trivit`: on the rank and at the step that the file's name says something goes wrong.
+PROGRAM = """
+import os, resource, signal, sys
+from pathlib import Path
+from datamodules.errors import DataError
+from datamodules.stream import TrainStream
+from pretrain.cli import main
+
+what, rank, at = Path(__file__).stem.split("-")
+images = TrainStream._images
+def strike(stream, draws, *rest):
+    if draws.position[0] // 16 == int(at) and os.environ.get("LOCAL_RANK", "0") == rank:
+        if what == "unreadable":
+            raise DataError("nothing can be read: mend it")
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(what.removeprefix("disk")),) * 2)
+    return images(stream, draws, *rest)
+TrainStream._images = strike
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "workers", "code", "message"),
+    [
+        ("unreadable-1-3", 1, 2, "nothing can be read: mend it"),
+        ("kill-1-3", 1, 1, "a loader worker was killed"),
+        ("kill-1-3", 0, 1, "another rank ended"),
+        ("disk400-0-3", 0, 1, "metrics.csv (File too large). Make room"),
+        ("disk9000-0-3", 0, 1, "could not write a checkpoint"),
+    ],
+)
+def test_two_ranks_end_together(fault: str, workers: int, code: int, message: str, drawn: Path, tmp_path: Path) -> None:
+    program, run = tmp_path / f"{fault}.py", tmp_path / "run"
+    program.write_text(PROGRAM)
+    more = ["--data.train", drawn, "--output", run, "--checkpoint_every", 2, "--data.device_batch_size", 4]
+    more += ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.workers", workers, "--log_keys", "true"]
+    began = time.monotonic()
+    returned, error = end(start([*SMALL, *more], (str(program),)))
+    assert time.monotonic() - began < 90
+    assert "Traceback" not in error, error
+    lines = [line for line in error.splitlines() if line.startswith("trivit: ")]
+    assert len(lines) == 1 and message in lines[0], lines
+    # Lightning kills the first rank when it sees another one gone, which may be while the first one is leaving, too
+    assert returned in (code, -signal.SIGKILL)
+    made = 4 if "disk" in fault else 3
+    assert max(samples(run)) in ({made} if not workers else {2, made})  # a killed worker takes what it had ready along
+    saved = int(torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"])
+    assert saved == (max(samples(run)) if workers else 2)  # what was learned is kept where that is possible
