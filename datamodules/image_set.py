@@ -20,9 +20,11 @@ from datamodules.errors import DataError
 from datamodules.loader import check_workers, default_workers, iterate
 from datamodules.manifest import load_manifest
 from datamodules.order import Ints
+from datamodules.prefetch import Prefetcher
 from datamodules.shard_reader import BadSampleError, ShardReader
 
 log = logging.getLogger("trivit")
+_BATCHES_AHEAD = 16
 
 
 class EvaluationLoader:
@@ -106,8 +108,15 @@ class _Batches(Dataset[dict[str, Any]]):
 
     def __init__(self, reader: ShardReader, places: list[tuple[Ints, Ints]], crop_size: int, resize: int) -> None:
         self.reader, self.places, self.crop_size, self.resize = reader, places, crop_size, resize
+        self._prefetcher = Prefetcher(reader.manifest) if reader.manifest.url else None
+        self._wanted: list[int] = []
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if self._prefetcher is not None:
+            wanted = np.unique(np.concatenate([shard for shard, _ in self.places[index : index + _BATCHES_AHEAD]]))
+            if wanted.tolist() != self._wanted:
+                self._wanted = wanted.tolist()
+                self._prefetcher.want(self._wanted)
         places = list(zip(*(column.tolist() for column in self.places[index]), strict=True))
         dtype = torch.uint8 if self.reader.bits == 8 else torch.float32
         images = empty_images(len(places), self.reader.channels, self.crop_size, self.crop_size, dtype)

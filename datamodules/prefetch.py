@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,34 @@ log = logging.getLogger("trivit")
 
 
 class Prefetcher:
-    """Fetches the tars that it was last asked for, in that order, in the background; what fails is left to readers."""
+    """Fetches the shards that it was last asked for, in that order, in the background; what fails is left to readers.
 
-    def __init__(self) -> None:
+    What does not fit into the cache, or this rank's share of it, is left to the readers too, or it would drive out what
+    they read.
+
+    Args:
+        manifest: of the set.
+        ranks: how many share the node's cache.
+    """
+
+    def __init__(self, manifest: Manifest, ranks: int = 1) -> None:
+        self.manifest, self.ranks = manifest, ranks
         self._pid = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_pid": 0}
+        return {"manifest": self.manifest, "ranks": self.ranks, "_pid": 0}
 
-    def want(self, tars: Iterable[Path]) -> None:
+    def want(self, shards: Sequence[int]) -> None:
         """Fetch these, instead of those of before that have not been begun."""
+        ends = np.cumsum([self.manifest.shards[shard].bytes for shard in shards])
+        fitting = shards[: int(np.searchsorted(ends, space() // self.ranks, side="right"))]
         if self._pid != os.getpid():  # threads do not survive a fork, and a lock may be held for ever
             self._pid, self._wanted, self._news = os.getpid(), deque[Path](), threading.Condition()
             for _ in range(_THREADS):
                 threading.Thread(target=self._work, daemon=True).start()
         with self._news:
             self._wanted.clear()
-            self._wanted.extend(tars)
+            self._wanted.extend(map(self.manifest.path, fitting))
             self._news.notify_all()
 
     def _work(self) -> None:
@@ -57,8 +68,6 @@ class Prefetcher:
 class TrainAhead:
     """Called with each step that a rank loads: has the shards of its windows fetched, and of the windows after them.
 
-    What does not fit into the rank's share of the cache is left to the readers, or it would drive out what they read.
-
     Args:
         order, manifest: of the run.
         start, stop: the places of every global batch that are this rank's.
@@ -69,9 +78,9 @@ class TrainAhead:
     def __init__(
         self, order: Order, manifest: Manifest, *, start: int, stop: int, ranks: int = 1, last_step: int | None = None
     ) -> None:
-        self.order, self.manifest, self.start, self.stop, self.ranks = order, manifest, start, stop, ranks
+        self.order, self.start, self.stop = order, start, stop
         self.last_epoch = None if last_step is None else last_step // order.steps_per_epoch
-        self._prefetcher, self._windows = Prefetcher(), list[Window]()
+        self._prefetcher, self._windows = Prefetcher(manifest, ranks), list[Window]()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_windows": []}
@@ -81,24 +90,23 @@ class TrainAhead:
         windows = self.order.windows(step, self.start, self.stop)
         if windows != self._windows:
             self._windows = windows
-            self._prefetcher.want([self.manifest.path(shard) for shard in self.shards(windows)])
+            self._prefetcher.want(self.shards(windows))
 
     def shards(self, windows: list[Window]) -> list[int]:
-        """The shards of these windows and of the next ones, in the order of need, as far as there is space for them."""
+        """The shards of these windows and of the next ones, in the order of need."""
         last = windows[0].epoch + 1 if self.last_epoch is None else self.last_epoch
         following = [window for window in map(self.order.following, windows) if window.epoch <= last]
-        wanted = dict.fromkeys(shard for window in windows + following for shard in self.order.shards_in(window))
-        ends = np.cumsum([self.manifest.shards[shard].bytes for shard in wanted])
-        return list(wanted)[: int(np.searchsorted(ends, space() // self.ranks, side="right"))]
+        return list(dict.fromkeys(shard for window in windows + following for shard in self.order.shards_in(window)))
 
     def warn_of_little_space(self) -> None:
         """Tell the user when the shards that are read at once do not fit into the cache: it works, but slowly."""
         windows = self.order.windows(0, self.start, self.stop)
         shards = {shard for window in windows for shard in self.order.shards_in(window)}
-        needed, there = self.ranks * sum(self.manifest.shards[shard].bytes for shard in shards), space()
+        manifest, ranks = self._prefetcher.manifest, self._prefetcher.ranks
+        needed, there = ranks * sum(manifest.shards[shard].bytes for shard in shards), space()
         if needed > there:
             log.warning(
                 "%s: %.2f GB of shards are read at once, but the cache may hold only %.2f GB, so they will be fetched "
                 "again and again: raise %s, or lower data.lanes or data.window",
-                self.manifest.name, needed / 1e9, there / 1e9, LIMIT,
+                manifest.name, needed / 1e9, there / 1e9, LIMIT,
             )  # fmt: skip

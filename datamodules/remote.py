@@ -7,6 +7,7 @@ is tried again, what will not (403, 404) is not. Credentials come from the envir
 
 import errno
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -149,8 +150,12 @@ def _files(url: str) -> Any:
             files = fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False)
             files.retries = 1  # trying again is done here, for all protocols alike
         elif protocol == "gs":
+            # The newer class in gcsfs asks for the kind of bucket by gRPC, which does not survive a fork.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            from gcsfs.core import GCSFileSystem
+
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks for what it then raises
-            files = fsspec.filesystem("gs", requests_timeout=waiting, use_listings_cache=False)
+            files = GCSFileSystem(requests_timeout=waiting, use_listings_cache=False)
         else:
             files = fsspec.filesystem("http", client_kwargs={"timeout": waiting, "trust_env": True})
     except ImportError:
@@ -159,6 +164,8 @@ def _files(url: str) -> Any:
 
 
 def _try(url: str, pauses: Sequence[float], action: Callable[[Any], Value]) -> Value:
+    if _protocol(url) == "gs":
+        pauses = pauses[len(IMPATIENT) :]  # gcsfs itself tries six times within half a minute
     tries = 0
     while True:
         try:
