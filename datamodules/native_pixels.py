@@ -23,6 +23,8 @@ MAX_PIXELS = 89_478_485
 PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+for _name in ("tifffile", "PIL.TiffImagePlugin"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)  # what is wrong becomes the reason of a bad sample
 _BITS, _SAMPLES, _ORIENTATION = 258, 277, 274  # tags of TIFF
 _MOST_PAGES = 4096
 _AS_THEY_ARE = frozenset({"L", "LA", "RGB", "RGBA"})
@@ -159,7 +161,6 @@ def _tiff(data: bytes | bytearray) -> NDArray[Any]:
         import tifffile
     except ImportError as error:
         raise BadImageError('this kind of TIFF needs the tifffile package: pip install "trivit[tiff]"') from error
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong becomes the reason of a bad sample
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         every: Any = file.pages
         if len(every) > _MOST_PAGES:
@@ -182,6 +183,8 @@ def _tiff(data: bytes | bytearray) -> NDArray[Any]:
     values = np.stack(planes, -1) if samples == 1 else planes[0]
     if first.axes == "SYX":
         values = np.moveaxis(values, 0, -1)
+    if values.shape != (height, width, samples * len(pages)):
+        raise BadImageError(f"contradicts itself: {list(values.shape)} for {[height, width, samples * len(pages)]}")
     return np.ascontiguousarray(_upright(values, orientation))
 
 
