@@ -102,7 +102,7 @@ class Handler(SimpleHTTPRequestHandler):
 @contextlib.contextmanager
 def web_server(root: Path) -> Iterator[WebServer]:
     server = WebServer(root)
-    with _running(server.serve_forever, server.shutdown):
+    with _running(partial(server.serve_forever, 0.05), server.shutdown):
         yield server
         server.ended.set()
     server.server_close()

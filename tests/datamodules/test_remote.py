@@ -1,0 +1,138 @@
+"""URLs, and single files behind them, with everything that can go wrong on the way."""
+
+import builtins
+import errno
+import time
+
+import pytest
+
+from datamodules import remote
+from datamodules.errors import DataError
+from datamodules.remote import check_url, download, read, redact
+
+
+@pytest.mark.parametrize("url", ["http://h/a b", "https://h:8443/x/", "s3://bucket", "s3://b/x@y", "gs://bucket/x"])
+def test_urls_that_are_taken(url):
+    assert check_url(url) == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://h/x", "ftp:// is not read here"),
+        ("pipe://cat x", "pipe:// is not read here"),
+        ("file:///x", "file:// is not read here"),
+        ("http:///x", "names no host"),
+        ("s3:///x", "names no bucket"),
+        ("http://h:99999/x", "not valid"),
+        ("http://[::1/x", "not valid"),
+        ("http://anna:SECRET@h/x", "user name or password"),
+        ("https://SECRET@h/x", "user name or password"),
+        ("s3://AKIA:SECRET@bucket/x", "user name or password"),
+        ("https://h/x?X-Amz-Signature=SECRET", "signatures and tokens"),
+        ("https://h/x#SECRET", "signatures and tokens"),
+        ("s3://b/x?versionId=SECRET", "signatures and tokens"),
+    ],
+)
+def test_urls_that_are_refused_in_one_line_without_their_secret(url, message):
+    with pytest.raises(DataError, match=message) as caught:
+        check_url(url)
+    assert "SECRET" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_redacted_text():
+    text = "404, url='https://cdn.example/a.tar?X-Amz-Signature=SECRET&x=1'\nfrom s3://k:SECRET@b/c and http://h/plain"
+    assert redact(text) == "404, url='https://cdn.example/a.tar?***' from s3://***@b/c and http://h/plain"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "requests"),
+    [
+        ("500", "the server answers 500, 3 times", 3),
+        ("503", "the server answers 503, 3 times", 3),
+        ("429", "the server answers 429, 3 times", 3),
+        ("410", "the server answers 410$", 1),
+        ("401", r"may not be read \(401\): check the credentials", 1),
+        ("403", r"may not be read \(403\): check the credentials", 1),
+        ("404", r"does not exist \(404\)", 1),
+        ("cut", "the connection was cut, 3 times", 3),
+        ("short", "bytes came instead of .*, 3 times", 3),
+        ("stall", "no answer within 0.3 s, 3 times", 3),
+    ],
+)
+def test_a_file_that_cannot_be_had(web, picture_set, tmp_path, monkeypatch, fault, message, requests):
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
+    web.faults["/shard-000000.tar"] = (fault, None)
+    size = (picture_set / "shard-000000.tar").stat().st_size
+    began = time.monotonic()
+    with pytest.raises(DataError, match=message) as caught:
+        download(f"{web.url}/shard-000000.tar", tmp_path / "x", size, remote.PATIENT)
+    assert time.monotonic() - began < 5
+    assert isinstance(caught.value, remote.NotThereError) == (fault == "404")
+    assert web.requests["/shard-000000.tar"] == requests
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{web.url}/shard-000000.tar")
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "refuse", "stall", "short"])
+def test_what_passes_is_tried_again(web, picture_set, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
+    web.faults["/shard-000000.tar"] = (fault, 1)
+    whole = (picture_set / "shard-000000.tar").read_bytes()
+    download(f"{web.url}/shard-000000.tar", tmp_path / "x", len(whole), remote.PATIENT)
+    assert (tmp_path / "x").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:1/x", "the server cannot be reached, 2 times"),
+        ("http://no-such-host.invalid/x", "no such host, or no network, 2 times"),
+    ],
+)
+def test_no_server(cache, url, message):
+    with pytest.raises(DataError, match=message):
+        read(url, remote.IMPATIENT)
+
+
+def test_a_full_disk_is_not_the_server(web, tmp_path, monkeypatch):
+    class Full:
+        def get_file(self, *_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote, "_files", lambda _: Full())
+    with pytest.raises(OSError, match="No space left"):
+        download(f"{web.url}/shard-000000.tar", tmp_path / "x", None, remote.PATIENT)
+
+
+@pytest.mark.parametrize(("url", "package"), [("http://h/x", "aiohttp"), ("s3://b/x", "s3fs"), ("gs://b/x", "gcsfs.core")])
+def test_missing_packages_are_named(monkeypatch, url, package):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name == package:
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    import fsspec
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: without(package))
+    with pytest.raises(DataError, match=r'pip install "trivit\[remote\]"'):
+        read(url, ())
+
+
+def test_s3_without_credentials(cache, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(DataError, match="no credentials in the environment.*FSSPEC_S3_ANON=1"):
+        read("s3://bucket/x", remote.IMPATIENT)
+
+
+def test_passwords_for_http_come_from_netrc(web, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login anna password SECRET\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert read(f"{web.url}/manifest.json", ()).startswith(b"{")
+    assert web.authorizations == {"Basic YW5uYTpTRUNSRVQ="}
