@@ -104,7 +104,9 @@ def test_a_full_disk_is_not_the_server(web, tmp_path, monkeypatch):
         download(f"{web.url}/shard-000000.tar", tmp_path / "x", None, remote.PATIENT)
 
 
-@pytest.mark.parametrize(("url", "package"), [("http://h/x", "aiohttp"), ("s3://b/x", "s3fs"), ("gs://b/x", "gcsfs.core")])
+@pytest.mark.parametrize(
+    ("url", "package"), [("http://h/x", "aiohttp"), ("s3://b/x", "s3fs"), ("gs://b/x", "gcsfs.core")]
+)
 def test_missing_packages_are_named(monkeypatch, url, package):
     real = builtins.__import__
 
