@@ -52,10 +52,13 @@ def list_table(path: Path, columns: Mapping[str, str | None]) -> Source:
         rows.add(place, *(record.get(chosen.get(kind, "")) for kind in ("image", "caption", "label")))
     images, skipped = _look(path.parent, list(rows.captions))
     skipped = [*rows.skipped, *skipped]
+    if not images and not skipped:
+        raise DataError(f"{path} holds no rows")
     if not images:
-        first = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
-        raise DataError(f"{path}: none of its {len(skipped)} rows names an image file that is there{first}; paths are "
-                        f"relative to {path.parent.resolve()}")  # fmt: skip
+        raise DataError(
+            f"{path}: none of its {len(skipped)} rows names an image file that is there (first: "
+            f"{': '.join(skipped[0])}); paths are relative to {path.parent.resolve()}"
+        )
     classes, numbers = _number([rows.labels.get(image.name) for image in images])
     return Source(
         path, path.parent, tuple(images), classes, shared_prefix([image.name for image in images]), notes=tuple(notes),
@@ -101,6 +104,8 @@ class _Rows:
 def _choose(path: Path, columns: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:
     """The column of images, and those of captions and labels if there are any; notes say what was guessed."""
     present = column_names(path)
+    if not present:
+        raise DataError(f"{path} holds no rows")
     chosen: dict[str, str] = {}
     guessed = []
     for kind, usual in _USUAL.items():
