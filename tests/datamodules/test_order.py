@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from datamodules import order as order_module
 from datamodules.errors import DataError
 from datamodules.order import Order, default_lanes, permute
 
@@ -174,6 +175,30 @@ def test_bad_input(counts, options, message):
 
 def test_default_lanes():
     assert [default_lanes(b) for b in (1, 7, 64, 128, 96, 4096, 127, 134)] == [1, 7, 64, 64, 48, 64, 1, 2]
+
+
+def test_a_batch_anywhere_costs_the_tables_of_its_epoch_and_one_batch(monkeypatch):
+    """Of 100 million samples: nothing goes through the samples, or through the steps before."""
+    order = Order([10_000] * 10_000, seed=0, global_batch_size=4096)
+    epochs, permuted, lay_out = [], [], order._lay_out
+    monkeypatch.setattr(order, "_lay_out", lambda epoch: epochs.append(epoch) or lay_out(epoch))
+    monkeypatch.setattr(
+        order_module, "permute", lambda index, *rest: permuted.append(len(index)) or permute(index, *rest)
+    )
+    order.batch(10_000_000)
+    assert epochs == [10_000_000 // order.steps_per_epoch] and permuted == [4096]
+
+
+def test_tables_are_of_shards_not_samples_and_those_of_former_epochs_go():
+    order = Order([10_000] * 1000, seed=0, global_batch_size=4096)
+    sizes = []
+    for epoch in range(10):
+        for step in (0, order.steps_per_epoch - 1):
+            order.batch(epoch * order.steps_per_epoch + step)
+        tables = [array for table in order._epochs.values() for array in vars(table).values()]
+        sizes.append(sum(array.size for array in [order.counts, order._first_sample, *tables]))
+    assert len(order._epochs) <= 2 and max(sizes) < 20 * 1000
+    assert max(sizes[1:]) - min(sizes[1:]) < 100
 
 
 def test_order_of_a_hundred_million_samples_is_fast():

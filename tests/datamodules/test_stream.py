@@ -11,7 +11,7 @@ from datamodules.bad_samples import BadSamples
 from datamodules.errors import DataError
 from datamodules.manifest import Manifest, Shard, load_manifest
 from datamodules.order import Order
-from datamodules.recipes import MAERecipe
+from datamodules.recipes import DINORecipe, MAERecipe
 from datamodules.shard_reader import BadSampleError, ShardReader
 from datamodules.stream import StepLoader, TrainStream
 
@@ -23,24 +23,35 @@ class PlainReader(ShardReader):
         shards = tuple(Shard(f"{i}.tar", count, 0, "") for i, count in enumerate(counts))
         super().__init__(Manifest(Path("nowhere"), shards))
         self.bad = bad
+        self.read = 0
 
     def image(self, shard, sample):
+        self.read += 1
         if (shard, sample) in self.bad:
             raise BadSampleError(self.name(shard), f"{sample}", "it is bad")
-        return f"{sample}", torch.full((3, 2, 2), (shard * 31 + sample) % 256, dtype=torch.uint8)
+        return f"{sample}", (torch.arange(48) * 5 + shard * 31 + sample).to(torch.uint8).view(3, 4, 4)
 
 
-def loader_of(reader, order, steps, *, rank=0, world_size=1, accumulate=1, workers=0, account=None):
-    stream = TrainStream(order, reader, MAERecipe(2), rank=rank, world_size=world_size, accumulate=accumulate)
+RECIPES = [
+    MAERecipe(2), DINORecipe(3, local_views=2, local_size=2), DINORecipe(3, local_views=1, local_size=2, color=None)
+]  # fmt: skip
+
+
+def loader_of(
+    reader, order, steps, *, rank=0, world_size=1, accumulate=1, workers=0, account=None, recipe=RECIPES[0]
+):  # fmt: skip
+    stream = TrainStream(order, reader, recipe, rank=rank, world_size=world_size, accumulate=accumulate)
     account = account or BadSamples(None, 1.0, order.num_samples, Path("nowhere"))
     start, stop = steps.start * accumulate, steps.stop * accumulate
     return StepLoader(stream, start=start, stop=stop, workers=workers, pin_memory=False, bad_samples=account)
 
 
-def global_batches(reader, order, steps, world_size, accumulate, workers):
-    """Every optimiser step's batch, put together from all ranks' micro-batches."""
+def global_batches(reader, order, steps, world_size, accumulate, workers, recipe=RECIPES[0]):
+    """Every optimiser step's batch, put together from all ranks' micro-batches; one of the ranks has the workers."""
+    layout = {"world_size": world_size, "accumulate": accumulate, "recipe": recipe}
+    with_workers = steps.start % world_size
     ranks = [
-        list(loader_of(reader, order, steps, rank=r, world_size=world_size, accumulate=accumulate, workers=workers))
+        list(loader_of(reader, order, steps, rank=r, workers=workers if r == with_workers else 0, **layout))
         for r in range(world_size)
     ]
     batches = []
@@ -48,7 +59,9 @@ def global_batches(reader, order, steps, world_size, accumulate, workers):
         parts = [part for rank in ranks for part in rank[i * accumulate : (i + 1) * accumulate]]
         assert {(part["step"], part["epoch"]) for part in parts} == {(steps[i], steps[i] // order.steps_per_epoch)}
         keys = [key for part in parts for key in part["key"]]
-        tensors = [torch.cat([part[name] for part in parts]) for name in ("image", "rng", "position")]
+        axis = {name: len(recipe.views) > 1 for name in parts[0] if name.startswith(recipe.views)}  # of the samples
+        names = ["rng", "position", *axis]
+        tensors = [torch.cat([torch.as_tensor(part[n]) for part in parts], int(axis.get(n, False))) for n in names]
         batches.append((keys, *tensors))
     return batches
 
@@ -67,16 +80,17 @@ def settings_of_a_run(draw):
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(settings_of_a_run(), st.integers(0, 3))
-def test_the_global_batch_is_the_same_list_on_any_ranks_and_workers(run, workers):
+@given(settings_of_a_run(), st.integers(0, 3), st.sampled_from(RECIPES))
+def test_the_global_batch_is_the_same_list_on_any_ranks_and_workers(run, workers, recipe):
+    """Samples and all that is random about them: crops, flips, parameters of colours, and the keys of later draws."""
     order, bad, steps, world_size, accumulate = run
     reader = PlainReader(order.counts, bad if len(bad) < order.num_samples / 4 else frozenset())
-    alone = global_batches(reader, order, steps, 1, 1, 0)
-    together = global_batches(reader, order, steps, world_size, accumulate, workers if world_size < 3 else 0)
+    alone = global_batches(reader, order, steps, 1, 1, 0, recipe)
+    together = global_batches(reader, order, steps, world_size, accumulate, workers, recipe)
     for (keys, *tensors), (other_keys, *other_tensors) in zip(alone, together, strict=True):
         assert keys == other_keys
         assert all(map(torch.equal, tensors, other_tensors))
-    for step, (keys, _, rng, position) in zip(steps, alone, strict=True):
+    for step, (keys, rng, position, *_) in zip(steps, alone, strict=True):
         draws = order.batch(step)
         assert rng.tolist() == draws.rng.tolist() and position.tolist() == draws.position.tolist()
         for key, shard, sample in zip(keys, draws.shard.tolist(), draws.sample.tolist(), strict=True):
@@ -163,7 +177,19 @@ def test_fewer_shards_than_lanes_ranks_and_workers(own_pictures):
 def test_one_sample_in_all():
     batches = global_batches(PlainReader([1]), Order([1], seed=0, global_batch_size=1), range(5), 1, 1, 2)
     assert [keys for keys, *_ in batches] == [["0.tar/0"]] * 5
-    assert len({int(rng) for _, _, rng, _ in batches}) == 5
+    assert len({int(rng) for _, rng, *_ in batches}) == 5
+
+
+@settings(max_examples=25, deadline=None)
+@given(settings_of_a_run(), st.integers(0, 10**12))
+def test_a_start_anywhere_reads_what_its_first_batch_needs_and_nothing_else(run, step):
+    order, *_, world_size, accumulate = run
+    reader = PlainReader(order.counts)
+    loader = loader_of(
+        reader, order, range(step, step + 3), rank=world_size - 1, world_size=world_size, accumulate=accumulate
+    )
+    first = next(iter(loader))
+    assert (first["step"], reader.read) == (step, loader.stream.micro_batch)
 
 
 def test_length_is_that_of_the_whole_run():

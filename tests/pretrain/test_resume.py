@@ -2,12 +2,14 @@
 
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
 from datamodules.synth import synth
+from tests.pretrain.conftest import pretrain
 from tests.pretrain.processes import OBJECTIVES, end, kill_after, losses, samples, start, wait_for, workers_of
 
 EPOCH, STEPS = 20, 50
@@ -114,3 +116,30 @@ def test_killed_on_two_ranks_resumed_on_one_and_back(
     assert end(undisturbed)[0] == 0
     assert samples(moved) == samples(whole)
     assert losses(moved) == pytest.approx(losses(whole), rel=2e-4)
+
+
+@pytest.mark.parametrize("changed", ["data", "batch", "seed", "lanes"])
+def test_another_order_under_a_checkpoint_is_refused_until_the_user_allows_it(
+    changed: str, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    more = ["--checkpoint_every", 3, "--trainer.max_steps", 6, "--output", run]
+    assert pretrain(*small, *more) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    synth(other, samples=96, size=32, seed=4)
+    change, reason = {
+        "data": (["--data.train", other], "manifest was "),
+        "batch": (["--data.global_batch_size", 32], "data.global_batch_size: 16 -> 32"),
+        "seed": (["--seed", 7], "data.seed: 0 -> 7"),
+        "lanes": (["--data.lanes", 4], "data.lanes: None -> 4"),
+    }[changed]
+    longer = ["--trainer.max_steps", 8, "--allow_changes", "[trainer.max_steps]"]
+    capsys.readouterr()
+    assert pretrain(*small, *more, *change, *longer) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: ")]
+    assert reason in line and "another --output" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    override = re.search(r"--allow_changes '?\[(.*)\]", line)[1]  # type: ignore[index]
+    assert pretrain(*small, *more, *change, *longer[:3], f"[trainer.max_steps,{override}]") == 0
+    assert list(losses(run)) == list(range(1, 9))
