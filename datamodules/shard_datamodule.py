@@ -48,9 +48,10 @@ class ShardDataModule(LightningDataModule):
         channels: of the images; grey and colour files are converted, any other number must be that of the files.
         bits: 8, or 16: read the full precision of 16-bit files.
 
-    Attributes to set before fitting: `bad_samples_file` names the bad samples, with `allow_changes` a checkpoint of
-    another order (data, seed, global batch, lanes or window) is taken, and `on_failure` lets all ranks stop together
-    (see `StepLoader`).
+    Attributes to set before fitting: `bad_samples_file` names the bad samples, `tokenize` makes tokens of captions, with
+    `whole_batches` a rank gets all of an optimiser step at once (the task itself cuts it into micro-batches), with
+    `allow_changes` a checkpoint of another order (data, seed, global batch, lanes or window) is taken, and `on_failure`
+    lets all ranks stop together when one cannot go on.
 
     Raises:
         DataError: here or in `setup`, for numbers that do not fit each other, the data or the Trainer.
@@ -76,6 +77,8 @@ class ShardDataModule(LightningDataModule):
         self.bad_sample_budget, self.mean, self.std = bad_sample_budget, mean, std
         self.channels, self.bits = channels, bits
         self.bad_samples_file: Path | None = None
+        self.tokenize: Callable[[list[str]], torch.Tensor] | None = None
+        self.whole_batches = False
         self.allow_changes = False
         self.on_failure: Callable[[DataError], None] | None = None
         self.bad_samples: BadSamples | None = None
@@ -96,6 +99,10 @@ class ShardDataModule(LightningDataModule):
             n for n in range(1, rank_batch + 1) if rank_batch % n == 0 and rank_batch // n <= self.device_batch_size
         )
         return Layout(rank_batch, rank_batch // accumulate, accumulate)
+
+    def batches_per_step(self, world_size: int) -> int:
+        """Batches that a rank gets for an optimiser step, which is what the Trainer accumulates."""
+        return 1 if self.whole_batches else self.layout(world_size).accumulate
 
     def prepare_data(self) -> None:
         """Pack and index what is missing, on one rank of each node."""
@@ -133,22 +140,22 @@ class ShardDataModule(LightningDataModule):
         """Micro-batches from the Trainer's current step on; its length counts those of the whole run."""
         trainer = self.trainer
         assert trainer is not None
-        layout = self.layout(trainer.world_size)
-        if trainer.accumulate_grad_batches != layout.accumulate:
+        batches = self.batches_per_step(trainer.world_size)
+        if trainer.accumulate_grad_batches != batches:
             raise DataError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but global_batch_size "
                 f"{self.global_batch_size} with device_batch_size {self.device_batch_size} on {trainer.world_size} "
-                f"ranks needs {layout.accumulate}: set it to that"
+                f"ranks needs {batches}: set it to that"
             )
         if trainer.max_steps < 1:
             raise DataError("the length of the run is unknown: set trainer.max_steps (optimiser steps)")
-        _match_batch_count(trainer, trainer.global_step * layout.accumulate)
+        _match_batch_count(trainer, trainer.global_step * batches)
         self.bad_samples = BadSamples(
             self.bad_samples_file, self.bad_sample_budget, self.manifest.num_samples, self.manifest.name
         )
         return StepLoader(
-            self.stream(trainer.world_size, trainer.global_rank), start=trainer.global_step * layout.accumulate,
-            stop=trainer.max_steps * layout.accumulate, workers=self.num_workers,
+            self.stream(trainer.world_size, trainer.global_rank), start=trainer.global_step * batches,
+            stop=trainer.max_steps * batches, workers=self.num_workers,
             pin_memory=trainer.strategy.root_device.type == "cuda", bad_samples=self.bad_samples,
             on_failure=self.on_failure,
         )  # fmt: skip
@@ -159,7 +166,7 @@ class ShardDataModule(LightningDataModule):
         reader = ShardReader(self.manifest, max(64, shards_at_once), self.channels, self.bits)
         return TrainStream(
             self.order, reader, self.recipe, rank=rank, world_size=world_size,
-            accumulate=self.layout(world_size).accumulate, ahead=self._ahead(world_size, rank),
+            accumulate=self.batches_per_step(world_size), ahead=self._ahead(world_size, rank), tokenize=self.tokenize,
         )  # fmt: skip
 
     def _ahead(self, world_size: int, rank: int) -> TrainAhead | None:

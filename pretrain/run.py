@@ -65,7 +65,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         data: ShardDataModule = parts.data
         task: PretrainTask = parts.model
         data.bad_samples_file = directory.bad_samples
-        data.tokenize = task.tokenize
+        data.tokenize, data.whole_batches = task.tokenize, task.whole_batches
         _match(task, data)
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
@@ -164,7 +164,7 @@ def _lay_out(trainer: Trainer, data: ShardDataModule, stop: StopRequest) -> None
             "set --trainer.devices to the processes of a node, --trainer.num_nodes, and --trainer.strategy ddp"
         )
     layout = data.layout(trainer.world_size)
-    trainer.accumulate_grad_batches = layout.accumulate
+    trainer.accumulate_grad_batches = data.batches_per_step(trainer.world_size)
     data.on_failure = stop.fail if trainer.world_size > 1 else None
     if trainer.is_global_zero:
         ranks = f"{trainer.world_size} rank{'s' if trainer.world_size > 1 else ''}"

@@ -20,7 +20,8 @@ class PretrainTask(pl.LightningModule):
     """Trains `self.model` with AdamW under a warm-up and a cosine.
 
     A subclass sets `model`, `objective` and `learns_from`, the parts of a batch that it cannot do without; its
-    `training_step` returns {"loss": ..., name: detached scalar}. One that learns from texts has `tokenize`.
+    `training_step` returns {"loss": ..., name: detached scalar}. One that learns from texts has `tokenize`; one with
+    `whole_batches` gets all of a rank's optimiser step at once and cuts it into micro-batches itself.
     The trainer must have max_steps and a datamodule with global_batch_size, steps_per_epoch and seed.
 
     Args:
@@ -39,6 +40,7 @@ class PretrainTask(pl.LightningModule):
     objective = ""
     learns_from: tuple[str, ...] = ("image",)
     tokenize: Callable[[list[str]], Tensor] | None = None
+    whole_batches = False
     encoder_prefix = "model.encoder."
     model: torch.nn.Module
 
