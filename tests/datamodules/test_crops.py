@@ -98,3 +98,33 @@ def test_evaluation_view_is_torchvisions(height, width):
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1)])
 def test_tiny_images_can_be_resized(height, width):
     assert resize(photograph(height, width), 16, 16).shape == (3, 16, 16)
+
+
+def test_resizing_in_floating_point_is_that_of_bytes_before_rounding():
+    image = photograph()
+    fine = resize(image.float(), 30, 41)
+    assert fine.dtype == torch.float32
+    assert (fine - resize(image, 30, 41).float()).abs().max() <= 1.01  # torch's weights for bytes have 8 bits or so
+    assert (fine - fine.round()).abs().max() > 0.1
+
+
+def test_overshoot_stays_between_black_and_white():
+    edge = torch.zeros(2, 16, 16)
+    edge[:, :, 8:] = 255
+    wide = torch.nn.functional.interpolate(edge[None], (40, 40), mode="bicubic", antialias=True)
+    assert wide.min() < -5 and wide.max() > 260, "the case is real"
+    ours = resize(edge, 40, 40)
+    assert ours.min() == 0 and ours.max() == 255 and torch.equal(ours, wide[0].clamp(0, 255))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_channels_are_treated_alike(channels, dtype):
+    image = photograph()[:1].to(dtype)
+    many = image.repeat(channels, 1, 1)
+    for work in (
+        lambda x: resize(crop(x, Box(3, 5, 50, 60)), 32, 32),
+        flip,
+        lambda x: crops.resize_shorter_side(x, 40),
+    ):
+        assert torch.equal(work(many), work(image).repeat(channels, 1, 1))

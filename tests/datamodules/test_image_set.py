@@ -1,5 +1,6 @@
 import logging
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
@@ -9,7 +10,9 @@ from datamodules.decode import decode_image
 from datamodules.errors import DataError
 from datamodules.image_set import evaluation_loader
 from datamodules.manifest import load_manifest
+from datamodules.shard_writer import ShardWriter
 from datamodules.tar_index import read_index
+from tests.datamodules.deep_images import npy, values, write_deep
 from tests.datamodules.pictures import jpeg
 
 
@@ -73,3 +76,26 @@ def test_bad_input(picture_set, options, message):
 def test_no_such_folder(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         evaluation_loader(tmp_path / "nowhere", crop_size=8, resize=8, batch_size=4)
+
+
+@pytest.mark.parametrize(("channels", "bits", "kind"), [(1, 8, "npy"), (2, 16, "tif"), (3, 16, "png"), (5, 8, "tif")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_channels_and_bits(tmp_path, channels, bits, kind, workers):
+    made = write_deep(tmp_path / "set", channels, bits, samples=10, kind=kind)
+    loader = evaluation_loader(
+        tmp_path / "set", crop_size=24, resize=24, batch_size=4, workers=workers, channels=channels, bits=bits
+    )
+    images = torch.cat([batch["image"] for batch in loader])
+    assert images.dtype == (torch.uint8 if bits == 8 else torch.float32) and images.shape == (10, channels, 24, 24)
+    middle = torch.from_numpy(np.stack(made)[:, :, 2:26].astype(np.float32)).permute(0, 3, 1, 2)
+    assert torch.equal(images.float(), middle / 257 if bits == 16 else middle)
+    asked = evaluation_loader(tmp_path / "set", crop_size=8, resize=8, batch_size=4, workers=0, channels=channels + 6)
+    assert not list(asked) and len(asked.bad) == 10 and "were asked for" in asked.bad[0].reason
+
+
+def test_an_array_beside_a_picture_is_not_the_image(tmp_path):
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write("a", {"a.npy": b"x", "jpg": jpeg(1), "npy": npy(values(3, 8))})
+    loader = evaluation_loader(tmp_path / "set", crop_size=20, resize=20, batch_size=1, workers=0)
+    (batch,) = loader
+    assert torch.equal(batch["image"][0], decode_image(jpeg(1), "jpg")[:, :, 2:22])

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from datamodules.contact_sheet import displayable
 from datamodules.errors import DataError
 from datamodules.inspect_shards import inspect_command
 from datamodules.manifest import load_manifest
 from datamodules.shard_writer import ShardWriter
+from datamodules.verify import verify_command
+from tests.datamodules.deep_images import write_deep
 from tests.datamodules.tar_builders import picture, write_tar
 
 
@@ -73,3 +77,23 @@ def test_a_sheet_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
         inspect_command(root, sheet=tmp_path / "nowhere" / "sheet.png")
     with pytest.raises(DataError, match="does not exist"):
         inspect_command(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("c", "bits", "kind"), [(1, 8, "npy"), (2, 8, "tif"), (4, 16, "tif"), (3, 16, "png")])
+def test_deep_images_are_shown(
+    c: int, bits: int, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_deep(tmp_path / "set", c, bits, samples=9, kind=kind)
+    assert inspect_command(tmp_path / "set") == 0
+    assert f"; {c} channel{'s' if c > 1 else ''} of {bits} bits" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "set" / "contact_sheet.png"))
+    assert sheet[30:110, 20:120].std() > 20 and verify_command(tmp_path / "set") == 0
+
+
+def test_a_dark_deep_image_is_stretched() -> None:
+    dark = torch.linspace(1, 3, 64).reshape(1, 1, 8, 8)
+    shown = displayable(dark)
+    assert shown.dtype == torch.uint8 and (int(shown.min()), int(shown.max())) == (0, 255)
+    assert displayable(dark.repeat(1, 5, 1, 1)).shape == (1, 3, 8, 8)
+    assert int(displayable(torch.full((1, 1, 2, 2), 7.0)).max()) == 0
+    assert torch.equal(displayable(dark * 300, like=dark.byte()), (dark * 300).round().clamp(0, 255).byte())

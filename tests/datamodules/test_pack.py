@@ -8,15 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import datamodules.pack as pack_module
 from datamodules.errors import DataError
 from datamodules.manifest import MANIFEST, load_manifest
+from datamodules.native_pixels import native_pixels
 from datamodules.pack import SKIPPED, pack
 from datamodules.pack_shard import pack_shard
 from datamodules.shard_writer import ShardFile
+from tests.datamodules.deep_images import npy, png, tiff, values
 from tests.datamodules.set_files import files, read
 from tests.datamodules.tar_builders import image_folders, picture, write_tar
 
@@ -274,3 +277,41 @@ def test_a_killed_pack_is_continued(folders: Path, tmp_path: Path, how: signal.S
     assert files(dst) == files(tmp_path / "whole")
     if how == signal.SIGINT:
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in done.items())
+
+
+@pytest.mark.parametrize(
+    ("c", "bits", "kind"), [(1, 16, "png"), (3, 16, "png"), (5, 8, "tif"), (4, 16, "tif"), (2, 16, "npy")]
+)
+def test_deep_images_are_packed_as_they_are_and_resized_without_loss(
+    tmp_path: Path, c: int, bits: int, kind: str
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    pixels = values(c, bits, (40, 60))
+    (flat / f"a.{kind}").write_bytes({"png": png, "tif": tiff, "npy": npy}[kind](pixels))
+    pack(flat, tmp_path / "set", workers=1)
+    assert read(tmp_path / "set") == {"a": {kind: (flat / f"a.{kind}").read_bytes()}}
+    pack(flat, tmp_path / "small", resize=20, workers=1)
+    (members,) = read(tmp_path / "small").values()
+    small = native_pixels(members["npy"], "npy").values
+    assert small.shape == (20, 30, c) and small.dtype == pixels.dtype
+    halves = pixels.reshape(20, 2, 30, 2, c).mean(axis=(1, 3))
+    assert np.abs(small - halves).mean() < 0.02 * np.iinfo(pixels.dtype).max
+    if bits == 16:
+        assert (small % 257).any(), "not 8 bits in disguise"
+
+
+def test_arrays_beside_pictures_are_embeddings(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.jpg").write_bytes(picture())
+    (tmp_path / "flat" / "a.npy").write_bytes(npy(values(1)))
+    assert pack(tmp_path / "flat", tmp_path / "set", workers=1).members == {"jpg": 1}
+
+
+def test_transparency_is_dropped_on_resizing(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for mode in ("RGBA", "LA", "L", "P"):
+        Image.open(io.BytesIO(picture(1, (60, 40)))).convert(mode).save(tmp_path / "flat" / f"{mode}.png")
+    pack(tmp_path / "flat", tmp_path / "set", resize=20, workers=1)
+    modes = {key: Image.open(io.BytesIO(members["jpg"])).mode for key, members in read(tmp_path / "set").items()}
+    assert modes == {"RGBA": "RGB", "LA": "L", "L": "L", "P": "RGB"}
