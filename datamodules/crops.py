@@ -61,7 +61,7 @@ def crop(image: Tensor, box: Box) -> Tensor:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic resizing with antialiasing; the dtype stays. [c h w] -> [c height width], bytes with channels innermost."""
+    """Bicubic resizing with antialiasing; the dtype stays. [c h w] -> [c height width], bytes channels innermost."""
     batch = image[None].contiguous(memory_format=torch.channels_last)
     resized = F.interpolate(batch, (height, width), mode="bicubic", antialias=True)[0]
     # A bicubic kernel overshoots at edges. uint8 has been clamped already.
