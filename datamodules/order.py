@@ -129,13 +129,16 @@ class Order:
         return int(shard[0]), int(sample[0])
 
     def windows(self, step: int, start: int = 0, stop: int | None = None) -> list[Window]:
-        """The windows that places [start, stop) of the global batch of a step are drawn from: one for each lane."""
+        """The windows that places [start, stop) of the global batch of a step are drawn from, lane after lane."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         per_lane = self.global_batch_size // self.lanes
         lanes = range(start // per_lane, -(-(self.global_batch_size if stop is None else stop) // per_lane))
         place = np.arange(lanes.start, lanes.stop) * self._lane_size + step_in_epoch * per_lane
-        numbers = np.searchsorted(self._epoch(epoch).window_start, place, side="right") - 1
-        return [Window(epoch, lane, number) for lane, number in zip(lanes, numbers.tolist(), strict=True)]
+        starts = self._epoch(epoch).window_start
+        first = np.searchsorted(starts, place, side="right") - 1
+        end = np.searchsorted(starts, place + per_lane)
+        in_lanes = zip(lanes, first.tolist(), end.tolist(), strict=True)
+        return [Window(epoch, lane, number) for lane, one, other in in_lanes for number in range(one, other)]
 
     def following(self, window: Window) -> Window:
         """The window after this one in its lane, which goes on in the next epoch."""
@@ -245,7 +248,6 @@ def _feistel(x: Words, rows: Words, columns: Words, key: Words) -> Words:
         noise *= modulus[a]
         noise >>= np.uint64(32)
         noise += half[a]
-        np.subtract(noise, modulus[a], out=noise, where=noise >= modulus[a])
-        half[a] = noise
+        half[a] = np.minimum(noise, noise - modulus[a])  # below zero words wrap round to huge ones
     grid: Words = half[0] * columns + half[1]
     return grid

@@ -39,7 +39,7 @@ sys.exit(main(sys.argv[1:]))
         ("unreadable-1-3", 1, 2, "nothing can be read: mend it"),
         ("kill-1-3", 1, 1, "a loader worker was killed"),
         ("kill-1-3", 0, 1, "another rank ended"),
-        ("disk400-0-3", 0, 1, "metrics.csv (File too large). Make room"),
+        ("disk250-0-3", 0, 1, "metrics.csv (File too large). Make room"),
         ("disk9000-0-3", 0, 1, "could not write a checkpoint"),
     ],
 )
