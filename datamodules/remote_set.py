@@ -76,7 +76,8 @@ def fetch(path: Path, *, wait: bool = True) -> bool:
 
     Args:
         path: of the tar in its set's folder.
-        wait: for another process that fetches it already; otherwise that is answered with False.
+        wait: for another process that fetches it already, and fetch it even if the space is taken by others on their
+            way; otherwise both are answered with False.
 
     Raises:
         DataFailure: the disk is full, or the cache cannot be written.
@@ -189,8 +190,8 @@ def _folder(url: str, version: str) -> Path:
 
 def _write(root: Path, url: str, origins: dict[str, Origin], manifest: bytes | None) -> None:
     """Write what makes the folder, unless another process did; forget which shards were lost in earlier runs."""
-    shard_cache.space()  # a wrong size is told now and not by a worker
     with _written(root):
+        shard_cache.shrink()  # where a wrong size is told now and not by a worker
         for note in root.glob(".*.lost"):
             note.unlink(missing_ok=True)
         if not (root / REMOTE).is_file():

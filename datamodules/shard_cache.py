@@ -67,7 +67,8 @@ def cached(path: Path, size: int, fill: Callable[[Path], None], *, wait: bool = 
         path: of the tar in its set's folder.
         size: bytes that will come, 0 if unknown.
         fill: writes the tar to the path that it is given, and the index to its own place.
-        wait: for another process that fetches it already; otherwise that is answered with False.
+        wait: for another process that fetches it already, and fetch it even if the space is taken by others on their
+            way; otherwise both are answered with False.
 
     Raises:
         DataFailure: the disk is full, or the cache cannot be written.
@@ -79,9 +80,7 @@ def cached(path: Path, size: int, fill: Callable[[Path], None], *, wait: bool = 
         with _held(path.with_name(f".{path.name}.lock"), wait=wait) as lock:
             if lock is None:
                 return False
-            if not path.exists():
-                _fill(path, size, fill, lock)
-            return True
+            return path.exists() or _fill(path, size, fill, lock, wait)
     except OSError as error:
         raise DataFailure(cannot_write(path, error)) from error
 
@@ -92,10 +91,18 @@ def touch(fd: int) -> None:
         os.utime(fd, ns=(time.time_ns(), os.fstat(fd).st_mtime_ns))
 
 
-def _fill(path: Path, size: int, fill: Callable[[Path], None], lock: int) -> None:
+def shrink() -> None:
+    """Evict what is beyond the limit, which may have been lowered since."""
+    remote_cache().mkdir(parents=True, exist_ok=True)
+    with _held(remote_cache() / ".room.lock", wait=True, keep=True):
+        _evict(_on_their_way() + sum(entry.bytes for entry in _entries()) - space())
+
+
+def _fill(path: Path, size: int, fill: Callable[[Path], None], lock: int, needed: bool) -> bool:
     _remove_partials(path)  # we hold the lock, so nobody is writing them
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    _make_room(size, lock)
+    if not _make_room(size, lock, needed):
+        return False
     try:
         while True:
             try:
@@ -108,15 +115,20 @@ def _fill(path: Path, size: int, fill: Callable[[Path], None], lock: int) -> Non
         aside.replace(path)
         with path.open("rb") as file:
             touch(file.fileno())
+        return True
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _make_room(size: int, lock: int) -> None:
-    """Reserve `size` bytes in our lock file, and evict until that and all the rest fit, as far as that goes."""
+def _make_room(size: int, lock: int, needed: bool) -> bool:
+    """Reserve `size` bytes in our lock file, and evict until that and all the rest fit; what is needed comes anyway."""
     with _held(remote_cache() / ".room.lock", wait=True, keep=True):
+        coming = _on_their_way() + size
+        if coming > space() and not needed:
+            return False
         os.pwrite(lock, str(size).encode(), 0)
-        _evict(_on_their_way() + sum(entry.bytes for entry in _entries()) - space())
+        _evict(coming + sum(entry.bytes for entry in _entries()) - space())
+        return True
 
 
 def _evict(excess: int) -> int:

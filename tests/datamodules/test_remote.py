@@ -129,7 +129,7 @@ def test_s3_without_credentials(cache, tmp_path, monkeypatch):
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(DataError, match="no credentials in the environment.*FSSPEC_S3_ANON=1"):
+    with pytest.raises(DataError, match=r"no credentials in the environment.*FSSPEC_S3_ANON=1"):
         read("s3://bucket/x", remote.IMPATIENT)
 
 

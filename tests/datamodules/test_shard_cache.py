@@ -133,6 +133,27 @@ def test_a_shard_under_way_has_its_place_reserved(folder, monkeypatch):
     assert tars(folder) == {"new.tar", "slow.tar"}
 
 
+def test_nothing_is_fetched_ahead_where_others_fill_the_space(folder, monkeypatch):
+    monkeypatch.setenv("TRIVIT_CACHE_SIZE", "150")
+
+    def slow(aside: Path) -> None:
+        assert not cached(folder / "ahead.tar", 100, filler(100), wait=False)
+        assert cached(folder / "needed.tar", 100, filler(100))
+        aside.write_bytes(bytes(100))
+
+    assert cached(folder / "slow.tar", 100, slow)
+    assert tars(folder) == {"needed.tar", "slow.tar"}
+
+
+def test_a_lowered_limit(folder, monkeypatch):
+    for name in ("a.tar", "b.tar", "c.tar"):
+        put(folder, name)
+        time.sleep(0.01)
+    monkeypatch.setenv("TRIVIT_CACHE_SIZE", "200")
+    shard_cache.shrink()
+    assert tars(folder) == {"b.tar", "c.tar"}
+
+
 def test_a_failure_leaves_nothing(folder):
     def broken(aside: Path) -> None:
         aside.write_bytes(b"half")
@@ -161,7 +182,7 @@ def test_a_disk_that_stays_full_is_one_clear_line(folder):
     def full(aside: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(DataFailure, match="the disk of .* is full: free some space") as caught:
+    with pytest.raises(DataFailure, match=r"the disk of .* is full: free some space") as caught:
         cached(folder / "new.tar", 4, full)
     assert "\n" not in str(caught.value)
     assert everything(folder) == set()
