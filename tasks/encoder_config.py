@@ -34,8 +34,8 @@ class EncoderConfig:
 
     Args:
         arch: vit_tiny, vit_small, vit_base, vit_large, vit_huge, or `timm:NAME` (untrained weights) for any timm model;
-            with timm only image_size, in_chans, bits, drop_path, pool, mean, std and eval_resize apply, and the encoder's own
-            `config` afterwards tells patch_size and class_token as the model has them.
+            with timm only image_size, in_chans, bits, drop_path, pool, mean, std and eval_resize apply, and the
+            encoder's own `config` afterwards tells patch_size and class_token as the model has them.
         image_size: side of the square training images, in pixels.
         patch_size: side of a patch, in pixels; it divides image_size.
         width: channels of a token; None: the arch's.

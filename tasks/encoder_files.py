@@ -1,4 +1,4 @@
-"""Encoders from and to files: a run, a Lightning checkpoint, safetensors, timm, and the MAE and DINO authors' files.
+"""Encoders from and to files: a run, a Lightning checkpoint, safetensors, timm, open_clip, the MAE and DINO authors.
 
 Nothing is unpickled beyond tensors, plain values and argparse.Namespace, and every key must find its place.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
+from tasks.open_clip_names import CONFIG_FILE, WEIGHTS_FILES, is_open_clip
 from tasks.original_files import encoder_config, encoder_state
 from tasks.positions import resize_table
 from tasks.timm_models import create_timm, pretrained_config
@@ -49,7 +50,8 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
 
     Args:
         source: a run's directory, a Lightning checkpoint (.ckpt), an export (.safetensors), `timm:NAME` (also
-            `timm:hf-hub:...` and `timm:local-dir:...`), or a file of the MAE or DINO authors (.pth).
+            `timm:hf-hub:...` and `timm:local-dir:...`), a file of the MAE or DINO authors (.pth), or a CLIP of
+            open_clip (see `tasks.clip_files.load_clip`).
         image_size: side of the images it will see; the position table is resized in the manner of its authors.
             None: as it was trained.
         heads: attention heads of an original file whose size is not a published one.
@@ -61,10 +63,14 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
     if name.startswith("timm:"):
         return _from_timm(name.removeprefix("timm:"), image_size).eval()
     path = checkpoint_path(source)
+    content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_checkpoint(path)
+    if is_open_clip(content):
+        from tasks.clip_files import load_clip  # which stands on this file
+
+        return load_clip(source, image_size=image_size).encoder
     if path.suffix == ".safetensors":
         config, state = _read_export(path)
     else:
-        content = read_checkpoint(path)
         if isinstance(content, dict) and "trivit" in content:
             config, state = _read_lightning(content, path)
         else:
@@ -74,14 +80,16 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
     config = config.at(image_size or trained_size)
     encoder = Encoder(config)
     if image_size is not None and config.timm_name is None and config.positions != "rope":
-        _resize_positions(state, encoder, trained_size)
+        resize_positions(state, encoder, trained_size)
     load_strictly(encoder.trunk, state, name)
     return encoder.eval()
 
 
 def checkpoint_path(source: str | Path) -> Path:
-    """The file that a run's directory or a path means; TaskError when it is not there."""
+    """The file that a run's directory, a folder of open_clip's, or a path means; TaskError when it is not there."""
     path = Path(source)
+    if (path / CONFIG_FILE).is_file():
+        return next((path / name for name in WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILES[0])
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
         if not path.is_file():
@@ -147,16 +155,20 @@ def config_from_dict(values: dict[str, Any], source: str) -> EncoderConfig:
         raise TaskError(f"{source} was written by another version of trivit: {error}") from error
 
 
-def _read_export(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; TaskError when it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = (file.metadata() or {}).get("trivit")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise TaskError(f"cannot read {path}: {error}") from error
-    if metadata is None:
+
+
+def _read_export(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    state, metadata = read_safetensors(path)
+    if "trivit" not in metadata:
         raise TaskError(f"{path} was not written by trivit: it does not say which encoder it holds")
-    return config_from_dict(json.loads(metadata)["encoder"], str(path)), state
+    return config_from_dict(json.loads(metadata["trivit"])["encoder"], str(path)), state
 
 
 def _read_lightning(content: dict[str, Any], path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
@@ -175,7 +187,8 @@ def _from_timm(name: str, image_size: int | None) -> Encoder:
     return encoder
 
 
-def _resize_positions(state: dict[str, Tensor], encoder: Encoder, trained_size: int) -> None:
+def resize_positions(state: dict[str, Tensor], encoder: Encoder, trained_size: int) -> None:
+    """Stretches `pos_embed` of a state dict from images of `trained_size` to those of the encoder, in place."""
     config, table = encoder.config, state.get("pos_embed")
     side = trained_size // config.patch_size
     if table is None or table.shape[1] < side * side:
