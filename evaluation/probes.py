@@ -75,16 +75,20 @@ def score_linear(data: ProbeData, settings: ProbeSettings) -> Result:
     return {**_tops(probe.rank, data.classes), "protocol": protocol}
 
 
+TEXT_PROBES = ("zeroshot", "retrieval")
+"""Probes that compare images with texts (`text_probes`); they learn nothing and need no train images."""
+
 PROBES: dict[str, Callable[[ProbeData, ProbeSettings], Result]] = {"knn": score_knn, "linear": score_linear}
 
 
-def check_probes(names: Sequence[str]) -> tuple[str, ...]:
-    """The names without repeats; EvaluationError when there is none, or one that is unknown."""
-    unknown = [name for name in names if name not in PROBES]
+def check_probes(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of PROBES and of TEXT_PROBES, without repeats; EvaluationError for none, or one that is unknown."""
+    unknown = [name for name in names if name not in (*PROBES, *TEXT_PROBES)]
     if unknown or not names:
         what = f"unknown probe {unknown[0]!r}" if unknown else "no probe given"
-        raise EvaluationError(f"{what}: there are {', '.join(PROBES)}")
-    return tuple(dict.fromkeys(names))
+        raise EvaluationError(f"{what}: there are {', '.join((*PROBES, *TEXT_PROBES))}")
+    once = tuple(dict.fromkeys(names))
+    return tuple(name for name in once if name in PROBES), tuple(name for name in once if name in TEXT_PROBES)
 
 
 def _tops(rank: NDArray[np.int64], classes: int) -> Result:

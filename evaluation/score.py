@@ -35,6 +35,8 @@ def evaluate(
     probes: Sequence[str] = ("knn", "linear"),
     output: str | os.PathLike[str] | None = None,
     settings: ProbeSettings | None = None,
+    templates: str | Sequence[str] | None = None,
+    class_names: str | None = None,
     floors: bool = True,
     device: str | None = None,
     batch_size: int = 256,
@@ -46,11 +48,12 @@ def evaluate(
 
     Args:
         source: a run's directory, a checkpoint, an export, or `timm:NAME`.
-        train: labelled images to learn from: tars, class folders, or a tar of them.
+        train: labelled images to learn from: tars, class folders, or a tar of them; zeroshot and retrieval need none.
         test: labelled images to score on; classes are matched by name, and nothing is chosen on them.
-        probes: `knn`, `linear`.
+        probes: `knn`, `linear`; of a CLIP also `zeroshot`, `retrieval`.
         output: folder of results.json; None: the run, or nothing is written when `source` is not (in) a run.
         settings: of the probes; None: the papers'.
+        templates, class_names: of zeroshot, see `make_prompts`; None: those that the run was trained with, if any.
         floors: score raw pixels and the untrained encoder too (cached per data set).
         device: None: CUDA if there is one.
         batch_size: images in a forward pass.
@@ -60,26 +63,35 @@ def evaluate(
 
     Returns:
         What these probes found, as in results.json, in percent:
-        {"knn": {"top1", "top5", "interval", "by_k", "protocol"}, "linear": {...}, "floors": {"raw_pixels": ..., ...}}.
+        {"knn": {"top1", "top5", "interval", "by_k", "protocol"}, "linear": {...}, "zeroshot": {...},
+        "retrieval": {...}, "floors": {"raw_pixels": ..., ...}}.
 
     Raises:
         EvaluationError, TaskError, DataError: one line, for what the user can repair.
     """
-    probes = check_probes(probes)
-    if train is None:
-        raise EvaluationError(f"{', '.join(probes)} learn from labelled images: give --train")
+    learned, paired = check_probes(probes)
+    if learned and train is None:
+        raise EvaluationError(f"{', '.join(learned)} learn from labelled images: give --train")
     source = str(source)
     place = results_file(source, output)
     encoder = load_encoder(source)
     config = encoder.config
-    checkpoint = checkpoint_hash(source)
     device = device or pick_device()
     settings = replace(settings or ProbeSettings(), device=device)
-    train_root, test_root = open_shards(train), open_shards(test)
-    if progress and train_root.resolve() == test_root.resolve():
-        print("note: train and test are the same images, so the scores say little", file=sys.stderr)
+    test_root = open_shards(test)
+    features = cache_dir / "features" if cache_dir else None
+    shared = {
+        "source": source,
+        "checkpoint": checkpoint_hash(source),
+        "encoder": config.arch,
+        "crop": config.image_size,
+        "resize": config.resize,
+        "interpolation": "bicubic, antialiased; shorter side, then centre crop",
+        "precision": "float32",
+        "versions": {"trivit": version("trivit"), "torch": torch.__version__},
+    }
 
-    def read(featurizer: Featurizer, root: Path, cache: Path | None) -> Features:
+    def read(featurizer: Featurizer, root: Path, cache: Path | None = features) -> Features:
         return extract(
             featurizer, root, device=device, batch_size=batch_size, workers=workers, cache_dir=cache, progress=progress
         )
@@ -90,42 +102,55 @@ def evaluate(
         label, classes = match_labels(trained.classes, trained.label, tested.classes, tested.label)
         return ProbeData(trained.x, trained.label, tested.x, label, len(classes))
 
-    features = cache_dir / "features" if cache_dir else None
-    trained, tested = read(encoder, train_root, features), read(encoder, test_root, features)
-    data = pair(trained, tested)
-    shared = {
-        "source": source,
-        "checkpoint": checkpoint,
-        "encoder": config.arch,
-        "crop": config.image_size,
-        "resize": config.resize,
-        "interpolation": "bicubic, antialiased; shorter side, then centre crop",
-        "pool": config.pool,
-        "precision": "float32",
-        "train": about_data(trained, train),
-        "test": about_data(tested, test),
-        "classes": data.classes,
-        "majority_class": round(100 * float(np.mean(data.test_label == np.bincount(data.train_label).argmax())), 3),
-        "versions": {"trivit": version("trivit"), "torch": torch.__version__},
-    }
     results: dict[str, Any] = {}
-    for probe in probes:
-        results[probe] = PROBES[probe](data, settings)
-        results[probe]["protocol"] = shared | results[probe]["protocol"]
-    if floors:
-        found = compute_floors(
-            config, lambda f, aside: pair(read(f, train_root, aside), read(f, test_root, aside)), probes, settings,
-            train_images=len(trained), data_hashes=(trained.data_hash, tested.data_hash),
-            cache_dir=cache_dir / "floors" if cache_dir else None,
+    told: list[str] = []
+    if learned and train is not None:
+        train_root = open_shards(train)
+        if progress and train_root.resolve() == test_root.resolve():
+            print("note: train and test are the same images, so the scores say little", file=sys.stderr)
+        trained, tested = read(encoder, train_root), read(encoder, test_root)
+        data = pair(trained, tested)
+        about = shared | {
+            "pool": config.pool,
+            "train": about_data(trained, train),
+            "test": about_data(tested, test),
+            "classes": data.classes,
+            "majority_class": 100 * float(np.mean(data.test_label == np.bincount(data.train_label).argmax())),
+        }
+        for probe in learned:
+            results[probe] = PROBES[probe](data, settings)
+            results[probe]["protocol"] = about | results[probe]["protocol"]
+        if floors:
+            found = compute_floors(
+                config, lambda f, aside: pair(read(f, train_root, aside), read(f, test_root, aside)), learned, settings,
+                train_images=len(trained), data_hashes=(trained.data_hash, tested.data_hash),
+                cache_dir=cache_dir / "floors" if cache_dir else None,
+            )  # fmt: skip
+            for result in (result for floor in found.values() for result in floor.values()):
+                drop = ("source", "checkpoint", "encoder", "pool")
+                result["protocol"] = {k: v for k, v in about.items() if k not in drop} | result["protocol"]
+            results["floors"] = found
+        told.append(summary(results, about))
+    if paired:
+        # here, since most users never need the text tower
+        from evaluation.text_probes import score_texts, trained_captions
+        from tasks.clip_files import load_clip
+
+        captions = trained_captions(place.parent if place else None)
+        found, tested = score_texts(
+            load_clip(source), test_root, paired, read, device=device,
+            templates=captions.templates or None if templates is None else templates,
+            class_names=captions.class_names if class_names is None else class_names, captions=captions,
         )  # fmt: skip
-        for result in (result for floor in found.values() for result in floor.values()):
-            drop = ("source", "checkpoint", "encoder", "pool")
-            result["protocol"] = {k: v for k, v in shared.items() if k not in drop} | result["protocol"]
-        results["floors"] = found
+        about = shared | {"test": about_data(tested, test), "classes": len(tested.classes)}
+        for result in found.values():
+            result["protocol"] = about | result["protocol"]
+        results |= found
+        told.append(text_summary(found))
     if place is not None:
         merge(place, results)
     if progress:
-        print(summary(results, shared))
+        print("\n".join(told))
         print(f"results: {place}" if place else "results were not written: give --output to keep them")
     return results
 
@@ -225,3 +250,24 @@ def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
             + (f"; {bad} unreadable images left out" if bad else ""),
         ]
     )
+
+
+def text_summary(results: dict[str, Result]) -> str:
+    """A few lines for the terminal: zero-shot accuracy and recalls."""
+    lines = [""]
+    if found := results.get("zeroshot"):
+        protocol, half = found["protocol"], (found["interval"][1] - found["interval"][0]) / 2
+        five = f", top-5 {found['top5']:.1f}%" if "top5" in found else ""
+        lines.append(
+            f"zero-shot: top-1 {found['top1']:.1f}%{five} (chance {100 / protocol['classes']:.1f}%); "
+            f"{protocol['test']['images']:,} test images, {protocol['classes']} classes, "
+            f"{protocol['prompts']:,} prompts; 95% interval about +-{half:.1f}"
+        )
+    if found := results.get("retrieval"):
+        ks = list(found["image_to_text"])
+        rows = [
+            [name.replace("_", " "), *(f"{found[name][k]:.1f}" for k in ks)]
+            for name in ("image_to_text", "text_to_image")
+        ]
+        lines += [table(["retrieval, %", *ks], rows), "", f"{found['images']:,} images, {found['texts']:,} captions"]
+    return "\n".join(lines)

@@ -122,9 +122,17 @@ def _add_pretrain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     evaluate = _command(commands, "evaluate", _evaluate, "score an encoder with probes")
     evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT")
-    evaluate.add_argument("--train", required=True, metavar="DIR", help="labelled tars or class folders to learn from")
+    evaluate.add_argument("--train", metavar="DIR", help="labelled tars or class folders to learn from (knn, linear)")
     evaluate.add_argument("--test", required=True, metavar="DIR", help="labelled tars or class folders to score on")
-    evaluate.add_argument("--probes", default="knn,linear", help="comma-separated: knn, linear (default: both)")
+    evaluate.add_argument(
+        "--probes",
+        default="knn,linear",
+        help="comma-separated: knn,linear (default); for a CLIP also zeroshot, retrieval",
+    )
+    evaluate.add_argument(
+        "--templates", metavar="FILE", help="of zeroshot: imagenet (80), simple (7), or a file with {} for the name"
+    )
+    evaluate.add_argument("--class-names", metavar="FILE", help="of zeroshot: a table of what the classes are called")
     evaluate.add_argument("--output", metavar="DIR", help="where results.json goes (default: the run)")
 
 
@@ -206,6 +214,8 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         test=arguments.test,
         probes=tuple(name.strip() for name in arguments.probes.split(",")),
         output=arguments.output,
+        templates=arguments.templates,
+        class_names=arguments.class_names,
     )
     return 0
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ from datamodules.manifest import load_manifest
 from evaluation import features as features_module
 from evaluation.errors import EvaluationError
 from evaluation.features import cached_features, extract
+from evaluation.floors import PixelFeatures, shrink_pixels
 from tasks.encoder_files import load_encoder
 from tasks.encoders import Encoder
+from tests.datamodules.deep_images import write_deep
 from tests.evaluation.conftest import CONFIG, write_images
 
 
@@ -92,3 +95,20 @@ def test_a_diverged_encoder_is_named_and_leaves_nothing(world: Path, cache: Path
     with pytest.raises(EvaluationError, match=r"shard-000000.tar/00000 contain NaN"):
         take(encoder, world / "test")
     assert list((cache / "features").iterdir()) == []
+
+
+@pytest.mark.parametrize(("channels", "bits", "kind"), [(1, 8, "npy"), (2, 16, "npy"), (4, 16, "tif")])
+def test_encoders_of_other_channels_and_bits(channels: int, bits: int, kind: str, tmp_path: Path, cache: Path) -> None:
+    made = write_deep(tmp_path / "set", channels, bits, samples=12, kind=kind)
+    config = replace(
+        CONFIG, image_size=24, eval_resize=24, in_chans=channels, bits=bits, mean=(0.4,) * channels,
+        std=(0.2,) * channels,
+    )  # fmt: skip
+    found = extract(PixelFeatures(config, 24), tmp_path / "set", workers=0, progress=False)
+    scaled = np.stack(made)[:, :, 2:26].astype(np.float64) / ((1 << bits) - 1)
+    expected = ((scaled - 0.4) / 0.2).transpose(0, 3, 1, 2).reshape(12, -1)
+    assert found.x.shape == (12, channels * 24 * 24) and np.abs(found.x - expected).max() < 1e-4
+    assert extract(Encoder(config).eval(), tmp_path / "set", workers=0, progress=False).x.shape == (12, 24)
+    shrunk = shrink_pixels(np.asarray(found.x), 8, channels)
+    blocks = expected.reshape(12, channels, 8, 3, 8, 3).mean(axis=(3, 5)).reshape(12, -1)
+    assert np.abs(shrunk - blocks).max() < 1e-4

@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import pytest
 import torch
 
 from evaluation.reconstructions import GREY, draw_reconstructions, reconstruct
@@ -49,3 +52,21 @@ def test_pictures_are_inside_the_page() -> None:
     drawn = draw_reconstructions(reconstruct(model(norm_pix_loss=True), images(2)))
     assert [[name for name, _ in triple] for triple in drawn] == [["input", "masked", "output"]] * 2
     assert all(uri.startswith("data:image/png;base64,") for triple in drawn for _, uri in triple)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_channels_and_bits_are_shown(channels: int, bits: int) -> None:
+    config = replace(CONFIG, in_chans=channels, mean=(0.4,) * channels, std=(0.2,) * channels, bits=bits)
+    mae = MAE(Encoder(config), decoder_width=16, decoder_depth=1, decoder_heads=2)
+    deep = images().float()[:, :1].repeat(1, channels, 1, 1) / 50 + 3  # a camera that uses a fiftieth of its range
+    found = reconstruct(mae, deep if bits == 16 else deep.byte())
+    shown = 3 if channels == 4 else 1
+    for part in found:
+        assert part.dtype == torch.uint8 and part.shape == (3, shown, 16, 16)
+    if bits == 16:
+        assert int(found.image.amin()) == 0 and int(found.image.amax()) == 255
+    hidden = (found.masked != found.image).any(dim=1, keepdim=True).expand_as(found.image)
+    assert (found.output[~hidden].int() - found.image[~hidden].int()).abs().max() <= 1
+    drawn = draw_reconstructions(found)
+    assert len(drawn) == 3 and all(uri.startswith("data:image/png") for _, uri in drawn[0])

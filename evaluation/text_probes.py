@@ -1,0 +1,118 @@
+"""The probes that compare images with texts: `zeroshot` and `retrieval`, for models that have learned both."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.manifest import load_manifest
+from datamodules.sample_captions import CaptionConfig, SampleCaptions
+from datamodules.shard_reader import BadSampleError, ShardReader
+from evaluation.errors import EvaluationError
+from evaluation.features import Features, Featurizer
+from evaluation.prompts import make_prompts
+from evaluation.retrieval import retrieval
+from evaluation.run_files import read_run
+from evaluation.zeroshot import zero_shot
+from tasks.clip import CLIP
+from tasks.encoder_config import EncoderConfig
+from tasks.zero_shot import class_weights, encode_texts
+
+
+class JointFeatures(torch.nn.Module):
+    """A CLIP's image tower for `extract`: vectors in the space of the texts."""
+
+    def __init__(self, clip: CLIP, config: EncoderConfig) -> None:
+        super().__init__()
+        self.clip, self.config = clip, config
+
+    def features(self, images: Tensor) -> Tensor:
+        """[b c h w] -> [b e], of length 1."""
+        return self.clip.encode_image(images)
+
+    @property
+    def feature_width(self) -> int:
+        """The joint width e."""
+        return int(self.clip.settings()["joint_width"])
+
+
+def score_texts(
+    clip: CLIP,
+    test: Path,
+    probes: Sequence[str],
+    read: Callable[[Featurizer, Path], Features],
+    *,
+    device: str,
+    templates: str | Sequence[str] | None,
+    class_names: str | None,
+    captions: CaptionConfig,
+) -> tuple[dict[str, Any], Features]:
+    """Results of `zeroshot` and `retrieval` by name, and the test images' features.
+
+    Args:
+        clip: in evaluation mode.
+        test: folder of shards.
+        probes: some of `probes.TEXT_PROBES`.
+        read: extracts features of the test images.
+        device: where texts are encoded.
+        templates, class_names: see `make_prompts`.
+        captions: where those for retrieval come from.
+
+    Raises:
+        EvaluationError, DataError: one line, for what the user can repair.
+    """
+    images = read(JointFeatures(clip, clip.encoder.config), test)
+    clip.to(device)
+    results: dict[str, Any] = {}
+    if "zeroshot" in probes:
+        prompts = make_prompts(images.classes, templates, class_names)
+        texts = encode_texts(clip, prompts.texts)
+        weights = class_weights(texts, torch.from_numpy(prompts.classes).to(device)).cpu().numpy()
+        results["zeroshot"] = zero_shot(images.x, images.label, weights, images.classes) | {
+            "protocol": {
+                "templates": list(prompts.templates),
+                "class_names": prompts.names,
+                "prompts": len(prompts.texts),
+                "classifier": "mean of a class's prompts at length 1, at length 1 again",
+            }
+        }
+    if "retrieval" in probes:
+        rows, texts_of, without = _captions(test, images, captions)
+        owner = np.repeat(np.arange(len(rows)), [len(each) for each in texts_of])
+        encoded = encode_texts(clip, [text for each in texts_of for text in each]).cpu().numpy()
+        found = retrieval(np.asarray(images.x)[rows], encoded, owner)
+        found["protocol"] = {"images_without_caption": without, "ties": "count against"}
+        results["retrieval"] = found
+    return results, images
+
+
+def trained_captions(run: Path | None) -> CaptionConfig:
+    """Where the captions came from that a run was trained with; the default where there is no run to ask."""
+    if run is None or not (run / "config.yaml").is_file():
+        return CaptionConfig()
+    told = read_run(run).get("data.recipe.captions") or {}
+    return CaptionConfig(told.get("field"), tuple(told.get("templates") or ()), told.get("class_names"))
+
+
+def _captions(test: Path, images: Features, config: CaptionConfig) -> tuple[np.ndarray[Any, Any], list[list[str]], int]:
+    """The images that have captions (their rows), the captions of each, and how many images have none."""
+    manifest = load_manifest(test)
+    reader = ShardReader(manifest)
+    captions = SampleCaptions(reader, config)
+    row = {key: i for i, key in enumerate(images.key)}
+    found: dict[int, list[str]] = {}
+    for shard in range(len(manifest.shards)):
+        for sample in range(manifest.shards[shard].samples):
+            try:
+                place = row.get(f"{reader.name(shard)}/{reader.key(shard, sample)}")
+                if place is not None:
+                    found[place] = captions.all(shard, sample)
+            except BadSampleError:
+                continue
+    if len(found) < 2:
+        raise EvaluationError(f"retrieval needs images with captions (.txt, or captions in .json): {test} has none")
+    rows = np.array(sorted(found))
+    return rows, [found[int(place)] for place in rows], len(images) - len(found)

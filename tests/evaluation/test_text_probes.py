@@ -1,0 +1,105 @@
+"""`trivit evaluate --probes zeroshot,retrieval` on a small CLIP that knows colours by construction."""
+
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.shard_writer import ShardWriter
+from evaluation import evaluate
+from evaluation.errors import EvaluationError
+from pretrain.cli import main
+from tasks.clip import CLIP
+from tasks.encoder_config import EncoderConfig
+from tasks.encoders import Encoder
+from tasks.errors import TaskError
+from tasks.text_tower import TextConfig
+
+ENCODER = EncoderConfig(arch="vit_tiny", width=32, depth=1, heads=2, image_size=16, patch_size=8, eval_resize=16)
+TEXT = TextConfig(width=32, depth=1, heads=2, context_length=12)
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (235, 235, 235)}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("colors") / "test"
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, samples_per_shard=30, classes=list(COLORS)) as writer:
+        for i in range(80):
+            name = list(COLORS)[i % 4]
+            pixels = np.clip(np.array(COLORS[name]) + rng.normal(0, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "png")
+            caption = {"txt": f"a {name} square, number {i}".encode()} if i % 5 else {}
+            writer.write(f"{i:04d}", {"png": file.getvalue(), "cls": str(i % 4).encode(), **caption})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """Trained for a moment on colours and their names."""
+    torch.manual_seed(0)
+    clip = CLIP(Encoder(ENCODER), TEXT, joint_width=16)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3)
+    colors = torch.tensor(list(COLORS.values())).float() / 255
+    ids = clip.text.tokenizer([f"a photo of a {name}." for name in COLORS])
+    for _ in range(40):
+        images = (colors[:, :, None, None] + 0.1 * torch.randn(4, 3, 16, 16) - 0.45) / 0.226
+        loss = clip.contrast(clip.encode_image(images), clip.encode_text(ids))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    about = {
+        "format": 1, "objective": "clip", "encoder": asdict(ENCODER), "encoder_prefix": "model.encoder.",
+        "model": clip.settings(),
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("clip") / "clip.ckpt"
+    torch.save({"trivit": about, "state_dict": {f"model.{k}": v for k, v in clip.state_dict().items()}}, path)
+    return path
+
+
+def test_the_command(checkpoint: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["evaluate", checkpoint, "--test", shards, "--probes", "zeroshot,retrieval", "--output", out]
+    assert main([str(part) for part in command]) == 0
+    results = json.loads((out / "results.json").read_text())
+    zeroshot, retrieval = results["zeroshot"], results["retrieval"]
+    assert zeroshot["top1"] > 80 and set(zeroshot["per_class"]) == set(COLORS)
+    assert zeroshot["protocol"]["templates"] == ["a photo of a {}."] and zeroshot["protocol"]["test"]["images"] == 80
+    assert np.sum(zeroshot["confusion"]) == 80
+    assert retrieval["protocol"]["images_without_caption"] == 16
+    assert (retrieval["images"], retrieval["texts"]) == (64, 64)
+    assert set(retrieval["image_to_text"]) == {"recall@1", "recall@5", "recall@10"}
+    told = capsys.readouterr().out
+    assert "zero-shot: top-1" in told and "image to text" in told and "chance 25.0%" in told
+    assert "floors" not in results
+
+
+def test_own_names_and_templates(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.tsv").write_text("class\tname\n" + "".join(f"{n}\t{n}, {n} paint\n" for n in COLORS))
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\nmy {}\n")
+    found = evaluate(
+        checkpoint, test=shards, probes=("zeroshot",), templates=str(tmp_path / "templates.txt"),
+        class_names=str(tmp_path / "names.tsv"), progress=False,
+    )["zeroshot"]  # fmt: skip
+    assert found["protocol"]["prompts"] == 16 and found["top1"] > 60
+
+
+def test_with_other_probes(checkpoint: Path, shards: Path) -> None:
+    results = evaluate(checkpoint, train=shards, test=shards, probes=("knn", "zeroshot"), progress=False, floors=False)
+    assert set(results) == {"knn", "zeroshot"} and results["knn"]["top1"] > 80
+
+
+def test_bad_input(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="knn learn from labelled images: give --train"):
+        evaluate(checkpoint, test=shards, probes=("knn", "zeroshot"), progress=False)
+    from tasks.encoder_files import save_encoder
+
+    save_encoder(Encoder(ENCODER), tmp_path / "encoder.safetensors")
+    with pytest.raises(TaskError, match="no CLIP"):
+        evaluate(tmp_path / "encoder.safetensors", test=shards, probes=("zeroshot",), progress=False)
