@@ -3,11 +3,15 @@
 import json
 import logging
 import os
+import time
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from datamodules import manifest
 from datamodules.errors import DataError
 from datamodules.manifest import MANIFEST, Manifest, load_manifest
 from datamodules.shard_writer import ShardWriter
@@ -154,3 +158,40 @@ def test_an_unfinished_set_is_refused(tmp_path: Path) -> None:
         raise RuntimeError
     with pytest.raises(DataError, match=r"is unfinished: run the command that began it again \(a test\)"):
         load_manifest(tmp_path / "set")
+
+
+def _load_slowly(root: Path, started: Path, queue: Any) -> None:
+    build = manifest.build_manifest
+
+    def counted(*arguments: Any) -> Manifest:
+        with started.open("a") as file:
+            file.write("x")
+        time.sleep(0.5)
+        return build(*arguments)
+
+    manifest.build_manifest = counted
+    try:
+        queue.put(load_manifest(root).hash)
+    except DataError as error:
+        queue.put(f"{error}")
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_of_several_processes_one_makes_it_and_all_hear_of_a_fault(foreign: Path, tmp_path: Path, fault: bool) -> None:
+    if fault:
+        (foreign / "z.tar").write_bytes(b"\x1f\x8b" + bytes(100))
+    context = get_context("fork")
+    queue: Any = context.Queue()
+    arguments = (foreign, tmp_path / "started", queue)
+    ranks = [context.Process(target=_load_slowly, args=arguments) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    answers = {queue.get(timeout=60) for _ in ranks}
+    for rank in ranks:
+        rank.join()
+    assert len(answers) == 1
+    if fault:
+        assert "z.tar is compressed" in answers.pop()
+    else:
+        assert answers == {load_manifest(foreign).hash}
+        assert (tmp_path / "started").read_text() == "x"

@@ -1,5 +1,6 @@
 """What ends one rank ends all of them, soon, and in one line."""
 
+import fcntl
 import signal
 import time
 from pathlib import Path
@@ -56,7 +57,20 @@ def test_two_ranks_end_together(fault: str, workers: int, code: int, message: st
     assert len(lines) == 1 and message in lines[0], lines
     # Lightning kills the first rank when it sees another one gone, which may be while the first one is leaving, too
     assert returned in (code, -signal.SIGKILL)
-    made = 4 if "disk" in fault else 3
+    made = 4 if "disk9" in fault else 3
     assert max(samples(run)) in ({made} if not workers else {2, made})  # a killed worker takes what it had ready along
     saved = int(torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"])
     assert saved == (max(samples(run)) if workers else 2)  # what was learned is kept where that is possible
+
+
+@pytest.mark.slow
+def test_what_only_the_first_rank_refuses_ends_the_others(drawn: Path, tmp_path: Path) -> None:
+    """Another run trains in the folder: the second rank would wait for the first one half an hour."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pretrain.cli"]
+    more = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.train", drawn, "--output", tmp_path]
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, error = end(start([*SMALL, *more], torchrun), 60)
+    assert code == 1
+    lines = [line for line in error.splitlines() if line.startswith("trivit: ")]
+    assert len(lines) == 1 and "another process trains in" in lines[0]

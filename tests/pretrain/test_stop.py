@@ -1,0 +1,50 @@
+"""What ranks agree on, as far as one process shows it; several: test_ranks_fail.py."""
+
+import os
+import signal
+
+import pytest
+
+from datamodules.errors import DataError
+from pretrain import cli
+from pretrain.errors import AgreedFailure, Interrupted
+from pretrain.stop import StopRequest
+
+
+def test_a_failure_is_raised_where_the_ranks_agree_and_once() -> None:
+    stop, error = StopRequest(), DataError("no")
+    stop.fail(error)
+    stop.fail(DataError("later"))
+    with pytest.raises(DataError) as caught:
+        stop.agree()
+    assert caught.value is error
+    assert stop.agree() is False and stop.agree(bad=True) is True
+    assert stop.gather("x") == ["x"]
+
+
+def test_a_signal_is_remembered_and_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    stop = StopRequest()
+    stop.listen(())
+    assert signal.getsignal(signal.SIGUSR1) is before
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    stop.agree()
+    assert stop.agreed == signal.SIGUSR1
+    stop.silence()
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
+def test_what_all_ranks_know_the_first_one_tells(
+    rank: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    for error, code in ((AgreedFailure("all", 2), 2), (AgreedFailure("all", 1), 1), (Interrupted("", 15), 99)):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "_verify", fail)
+        assert cli.main(["shards", "verify", "x"]) == code
+        assert bool(capsys.readouterr().err) is told
