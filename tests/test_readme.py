@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,6 +26,13 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (desk / "photos").mkdir()
     for i in range(150):
         Image.effect_noise((80 + i % 7, 72), 40 + i).convert("RGB").save(desk / "photos" / f"photo {i}.jpg")
+    (desk / "more").mkdir()
+    (desk / "cells").mkdir()
+    for i in range(130):
+        Image.effect_noise((72, 80), 20 + i).save(desk / "more" / f"another {i}.png")
+        np.save(desk / "cells" / f"{i}.npy", np.random.default_rng(i).integers(0, 1 << 16, (70, 66, 2), np.uint16))
+    rows = "".join(f"more/another {i}.png,number {i}\n" for i in range(130))
+    (desk / "pictures.csv").write_text(f"file,words\n{rows}")
     for part, seed in (("train", 0), ("test", 1)):
         code = main(["shards", "synth", str(desk / "data/labelled" / part), "--samples", "200", "--seed", str(seed)])
         assert code == 0

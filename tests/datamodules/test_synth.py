@@ -20,6 +20,7 @@ from datamodules.manifest import MANIFEST, load_manifest
 from datamodules.synth import ATTRIBUTES, SHAPES, synth
 from datamodules.synth_scene import held_out, scene
 from datamodules.verify import verify
+from pretrain.cli import main
 from tests.datamodules.set_files import files, read
 
 
@@ -183,3 +184,11 @@ def test_neither_pixels_nor_colours_give_the_class_away() -> None:
     codes = ((bins[..., 0] * 8 + bins[..., 1]) * 8 + bins[..., 2]).reshape(len(images), -1)
     histogram = np.sqrt(np.stack([np.bincount(code, minlength=512) for code in codes])).astype(np.float32)
     assert nearest_top1(histogram[:2000], histogram[2000:], labels[:2000], labels[2000:]) < 2 * chance
+
+
+def test_splits_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["shards", "synth", str(tmp_path / "set"), "--samples", "8", "--size", "16"]
+    assert main([*arguments, "--split", "test"]) == 0
+    assert "split=test " in load_manifest(tmp_path / "set").made_by
+    assert main([*arguments, "--split", "half"]) == 2
+    assert "trivit: --split is one of all, train, test, test_unseen, not 'half'" in capsys.readouterr().err
