@@ -15,7 +15,8 @@ class WebServer(ThreadingHTTPServer):
     """Serves a folder. `faults[path]` says how requests for it go wrong, and how often (None: always).
 
     Faults: an HTTP status as a string, "cut" in the middle, "stall" before the middle, "short" (too few bytes, and the
-    header says so), "refuse" (closed without an answer). `slow` is a pause in each file; `requests` counts GETs.
+    header says so), "refuse" (closed without an answer). `slow` is a pause in each file; `requests` counts GETs;
+    `redirect` is where everything has moved, with {path} in it.
     """
 
     daemon_threads = True
@@ -23,7 +24,7 @@ class WebServer(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         self.faults: dict[str, tuple[str, int | None]] = {}
         self.requests, self.authorizations = Counter[str](), set[str]()
-        self.slow = 0.0
+        self.slow, self.redirect = 0.0, ""
         self.most_at_once = self.at_once = 0
         self.lock, self.ended = threading.Lock(), threading.Event()
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(root)))
@@ -61,6 +62,12 @@ class Handler(SimpleHTTPRequestHandler):
             return
         if fault is not None and fault.isdigit():
             self.send_error(int(fault))
+            return
+        if self.server.redirect:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirect.format(path=self.path))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
@@ -111,6 +118,9 @@ def web_server(root: Path) -> Iterator[WebServer]:
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """The endpoint of moto's S3."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()  # or it would go on with the endpoint of an earlier test
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -126,6 +136,9 @@ def s3_server() -> Iterator[str]:
 def google_server() -> Iterator[str]:
     """The endpoint of gcp-storage-emulator, in memory, with the bucket `pictures`."""
     from gcp_storage_emulator.server import create_server
+    from gcsfs.core import GCSFileSystem
+
+    GCSFileSystem.clear_instance_cache()
 
     server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="pictures")
     server.start()
