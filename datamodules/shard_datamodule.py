@@ -207,19 +207,29 @@ class ShardDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What the order depends on, and how far it was trained on."""
         step = self.trainer.global_step if self.trainer else 0
-        return {"step": step, **self._settings()}
+        return {"step": step, "train": self.train, "samples": self.manifest.num_samples, **self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with another order than the checkpoint's. DataError names what differs."""
         now = self._settings()
         differ = [name for name in now if state_dict.get(name) != now[name]]
         if differ and not self.allow_changes:
-            changes = "; ".join(f"{name} was {state_dict.get(name)}, now it is {now[name]}" for name in differ)
+            changes = [f"data.{n} was {state_dict.get(n)}, now it is {now[n]}" for n in differ if n != "manifest"]
+            if "manifest" in differ:
+                changes.insert(0, self._other_data(state_dict.get("train"), state_dict.get("samples")))
             options = ",".join("data.train" if name == "manifest" else f"data.{name}" for name in differ)
             raise DataError(
-                f"this run was begun with another order of samples: {changes}. Go back to the old values, begin a new "
-                f"run in another --output, or say --allow_changes '[{options}]'"
+                f"{'; '.join(changes)}. Begin a new run in another --output, go back to what it was, or go on with what "
+                f"is new by --allow_changes '[{options}]'"
             )
+
+    def _other_data(self, train: str | None, samples: int | None) -> str:
+        now = f"{self.manifest.num_samples:,} images"
+        if train is None:
+            return f"other data: this run was trained on another set than {self.train} ({now})"
+        if train == self.train:
+            return f"other data: {train} has changed since this run was trained on it ({samples:,} images, now {now})"
+        return f"other data: this run was trained on {train} ({samples:,} images), now it is {self.train} ({now})"
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ Read `train` from top to bottom: it is the whole life of a run.
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -79,13 +80,13 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         if directory.config.exists():
             directory.check_same_run(resolved, config.allow_changes)
         saved = directory.checkpoint()
-        done = None if saved is None else int(saved["global_step"])
-        if done is not None and done >= trainer.max_steps:
-            print(f"{directory.path} is finished ({done} steps); next: trivit evaluate {directory.path} ...")
-            return directory.path
         data.allow_changes = any(key.split(".")[0] == "data" for key in config.allow_changes)
         if saved is not None:
-            data.load_state_dict(saved[type(data).__name__])  # refuses other data before anything is written
+            data.load_state_dict(saved[type(data).__name__])  # refuses other data before anything is said or written
+        done = None if saved is None else int(saved["global_step"])
+        if done is not None and done >= trainer.max_steps:
+            print(f"{directory.path} is finished ({done} steps); {_next(directory)}")
+            return directory.path
         if trainer.is_global_zero:
             directory.write_config(yaml.safe_dump(resolved, sort_keys=False))
         if done is not None:
@@ -221,7 +222,11 @@ def _say_how_it_ended(trainer: Trainer, stop: StopRequest, directory: RunDirecto
             stop.agreed,
         )
     if trainer.is_global_zero:
-        print(f"finished {directory.path} ({total} steps); next: trivit evaluate {directory.path} ...")
+        print(f"finished {directory.path} ({total} steps); {_next(directory)}")
+
+
+def _next(directory: RunDirectory) -> str:
+    return f"next: trivit evaluate {shlex.quote(str(directory.path))} --train DIR --test DIR"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -136,7 +136,7 @@ def test_another_order_under_a_checkpoint_is_refused(picture_set, tmp_path, opti
 
 def test_other_data_under_a_checkpoint_is_refused(picture_set, own_pictures, tmp_path):
     fit(data_of(picture_set), 2, SaveAt(2, tmp_path / "a.ckpt"))
-    with pytest.raises(DataError, match=r"manifest was .*\[data\.train\]"):
+    with pytest.raises(DataError, match=r"other data: this run was trained on .*\[data\.train\]"):
         fit(data_of(own_pictures), 3, ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -146,6 +146,7 @@ def test_the_state_is_small_and_plain(picture_set, tmp_path):
     data = data_of(picture_set)
     assert state == {
         "step": 2, "seed": 5, "manifest": data.manifest.hash, "global_batch_size": 24, "lanes": 24, "window": 4,
+        "train": str(picture_set), "samples": 100,
     }  # fmt: skip
 
 

@@ -65,7 +65,8 @@ def test_a_run_leaves_what_the_contract_names(
     assert not list(run.rglob("*.part"))
 
     assert pretrain(*small, "--output", run) == 0
-    assert "is finished (8 steps)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is finished (8 steps)" in said and f"next: trivit evaluate {run} --train DIR --test DIR" in said
     assert len(losses(run)) == 8
 
 
@@ -128,6 +129,31 @@ def test_another_run_or_other_files_are_left_alone(
     file = tmp_path / "file"
     file.write_text("x")
     assert pretrain(*small, "--output", file) == 2
+
+
+@pytest.mark.parametrize("steps", [8, 12], ids=["finished", "unfinished"])
+def test_other_data_is_refused_in_plain_words(
+    steps: int, small: list[str], drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, other, run = tmp_path / "data", tmp_path / "other", tmp_path / "run"
+    shutil.copytree(drawn, data)
+    synth(other, samples=40, size=32, seed=4)
+    assert pretrain(*small, "--data.train", data, "--output", run) == 0
+    more = ["--output", run, "--trainer.max_steps", steps, "--allow_changes", "[trainer.max_steps]"]
+    capsys.readouterr()
+    assert pretrain(*small, *more, "--data.train", other) == 2
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("trivit: ")]
+    words = f"other data: this run was trained on {data} (96 images), now it is {other} (40 images)"
+    assert len(lines) == 1 and words in lines[0] and "--allow_changes '[data.train]'" in lines[0]
+    assert "finished" not in said.out
+
+    shutil.rmtree(data)
+    shutil.copytree(other, data)
+    assert pretrain(*small, *more, "--data.train", data) == 2
+    assert f"{data} has changed since this run was trained on it (96 images, now 40 images)" in capsys.readouterr().err
+    assert pretrain(*small, *more, "--data.train", drawn) == 0  # moved, but the same
+    assert len(losses(run)) == steps
 
 
 def test_more_steps_when_the_user_says_so(small: list[str], tmp_path: Path) -> None:
