@@ -10,12 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from datamodules.errors import DataError, DataFailure
 from datamodules.workers import available_cores
 
 _MOST_WORKERS = 16
+_SMALL_BYTES = 1 << 14
 
 
 class Failure(NamedTuple):
@@ -33,9 +36,30 @@ class GuardedDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.dataset[index]
+            return _by_value(self.dataset[index])
         except DataError as error:
             return Failure(str(error), type(error))
+
+
+class _Value(NamedTuple):
+    """A small tensor on its way to the main process."""
+
+    array: NDArray[Any]
+
+
+def _by_value(batch: Any) -> Any:
+    """Small tensors of a dict as arrays: shared memory, as torch sends tensors, takes a file and a socket for each."""
+    if not isinstance(batch, dict) or get_worker_info() is None:
+        return batch
+    small = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.nbytes <= _SMALL_BYTES and not v.is_shared()}
+    return batch | {name: _Value(tensor.numpy()) for name, tensor in small.items()}
+
+
+def _received(batch: Any) -> Any:
+    """The same batch as tensors."""
+    if not isinstance(batch, dict):
+        return batch
+    return {k: torch.from_numpy(v.array) if isinstance(v, _Value) else v for k, v in batch.items()}
 
 
 def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_memory: bool = False) -> Iterator[Any]:
@@ -67,7 +91,7 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
         for batch in batches:
             if isinstance(batch, Failure):
                 raise batch.kind(batch.message)
-            yield batch
+            yield _received(batch)
     except (RuntimeError, OSError, EOFError) as error:
         told = "DataLoader worker" in str(error)  # torch says it itself, or a pipe breaks before torch knows
         if not workers or not (told or _any_was_killed(batches._workers)):

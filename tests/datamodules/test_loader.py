@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, get_worker_info
@@ -187,3 +188,20 @@ def test_negative_workers():
     check_workers(None)
     with pytest.raises(DataError, match="workers -1"):
         check_workers(-1)
+
+
+class SmallAndLarge(Dataset):
+    """What small and large tensors of a batch look like."""
+
+    def __getitem__(self, i):
+        numbers = np.arange(3.0) + i
+        return {"rng": torch.arange(5) + i, "image": torch.full((300, 300), i), "numbers": numbers, "key": ["a"]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_small_tensors_and_arrays_arrive_as_what_they_are(workers):
+    for i, batch in enumerate(iterate(SmallAndLarge(), range(3), workers=workers)):
+        assert torch.equal(batch["rng"], torch.arange(5) + i) and torch.equal(batch["image"], torch.full((300, 300), i))
+        assert isinstance(batch["numbers"], np.ndarray) and batch["numbers"][0] == i and batch["key"] == ["a"]
+        assert batch["image"].is_shared() == bool(workers) and not batch["rng"].is_shared()
+        batch["rng"] += 1  # it can be written to
