@@ -51,7 +51,7 @@ def _by_value(batch: Any) -> Any:
     """Small tensors of a dict as arrays: shared memory, as torch sends tensors, takes a file and a socket for each."""
     if not isinstance(batch, dict) or get_worker_info() is None:
         return batch
-    small = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.nbytes <= _SMALL_BYTES and not v.is_shared()}
+    small = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.nbytes <= _SMALL_BYTES and not v.is_shared()}  # type: ignore[no-untyped-call]
     return batch | {name: _Value(tensor.numpy()) for name, tensor in small.items()}
 
 
