@@ -1,4 +1,4 @@
-"""The one exception of this room that a user can cause; the `trivit` command prints it as one line and exits with 2."""
+"""What a user can cause in this room; the `trivit` command prints the message as one line and exits with its code."""
 
 
 class DataError(ValueError):

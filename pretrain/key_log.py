@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from pretrain.cut_back import cut_back
 from pretrain.errors import RunFailure
 from pretrain.stop import StopRequest
 
@@ -41,16 +42,3 @@ class KeyLog(Callback):
                     file.write(json.dumps({"step": trainer.global_step, "keys": keys}) + "\n")
             except OSError as error:
                 self.stop.fail(RunFailure(f"cannot write {self.path}: {error.strerror or error}"))
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a half-written last one."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        kept = 0
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            kept += len(line)
-        file.truncate(kept)

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from evaluation.run_files import read_rows
+from pretrain.cut_back import cut_back
 from pretrain.errors import RunFailure
 from pretrain.guard import FiniteGuard
 from pretrain.phases import PhaseTimer
@@ -50,7 +51,8 @@ class Metrics(Callback):
         self._since = time.perf_counter()
         if trainer.is_global_zero:
             with self._failures_told():
-                self._columns = cut_back(self.path, trainer.global_step)
+                cut_back(self.path, trainer.global_step)
+                self._columns = _columns_of(self.path)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,12 +138,11 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
 
 
-def cut_back(path: Path, step: int) -> list[str]:
-    """Drop the rows after `step` (and a half-written last one); returns the columns."""
-    rows = [row for row in read_rows(path) if int(row["step"]) <= step]
-    columns = list(rows[0]) if rows else []
-    _write_all(path, columns, rows)
-    return columns
+def _columns_of(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def _write_all(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:

@@ -56,7 +56,8 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"--output {self.path} cannot be written ({error.strerror}); name another folder") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Unlike flock this does not pass on to loader workers, which may outlive a killed run for a moment.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             self._lock = None

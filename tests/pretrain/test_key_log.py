@@ -1,10 +1,10 @@
-"""The file of samples: cut back where a run goes on."""
+"""The file of samples, and how files of lines are cut back where a run goes on."""
 
 from pathlib import Path
 
 import pytest
 
-from pretrain.key_log import cut_back
+from pretrain.cut_back import cut_back
 from tests.pretrain.conftest import pretrain
 from tests.pretrain.processes import samples
 
@@ -16,7 +16,22 @@ def test_cut_back(step: int, tmp_path: Path) -> None:
     path.write_text("".join(lines) + '{"step": 6, "ke')
     cut_back(path, step)
     assert path.read_text() == "".join(lines[:step])
-    cut_back(tmp_path / "nothing", 3)
+
+    table = ["step,epoch\r\n", *(f"{10 * i},0.5\r\n" for i in range(1, 6))]
+    path = tmp_path / "metrics.csv"
+    path.write_text("".join(table) + "60,0.5\r", newline="")
+    cut_back(path, 10 * step + 9)
+    assert path.read_bytes().decode() == "".join(table[: 1 + step])
+
+
+@pytest.mark.parametrize("text", ["", "step,ep", "no\nsteps\n"])
+def test_cut_back_what_has_no_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    cut_back(path, 5)
+    assert path.read_text() == ("no\n" if "no" in text else "")
+    cut_back(tmp_path / "nothing", 5)
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_only_when_asked_for(small: list[str], tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_what_only_the_first_rank_refuses_ends_the_others(drawn: Path, tmp_path:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pretrain.cli"]
     more = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.train", drawn, "--output", tmp_path]
     with (tmp_path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         code, error = end(start([*SMALL, *more], torchrun), 60)
     assert code == 1
     lines = [line for line in error.splitlines() if line.startswith("trivit: ")]
