@@ -4,8 +4,13 @@ Axes: b = images, h w = rows and columns of a feature map, n = h * w, p = prefix
 """
 
 import difflib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 from timm.layers import LayerNorm2d, PatchEmbed
@@ -14,6 +19,8 @@ from torch import Tensor, nn
 
 from tasks.encoder_config import EncoderConfig, Pool
 from tasks.errors import TaskError
+
+HUB_SECONDS = 3
 
 
 def create_timm(name: str, *, image_size: int | None, pretrained: bool = False, **options: Any) -> Any:
@@ -33,7 +40,8 @@ def create_timm(name: str, *, image_size: int | None, pretrained: bool = False, 
     attempts = [{**size, "dynamic_img_size": True}, {**size, "strict_img_size": False}, size, {}]
     for attempt in attempts:
         try:
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **attempt, **options)
+            with _no_waiting_for_a_hub() if pretrained else nullcontext():
+                model = timm.create_model(name, pretrained=pretrained, num_classes=0, **attempt, **options)
         except TypeError as error:
             if attempt:
                 continue
@@ -46,11 +54,38 @@ def create_timm(name: str, *, image_size: int | None, pretrained: bool = False, 
     return model
 
 
+@contextmanager
+def _no_waiting_for_a_hub() -> Iterator[None]:
+    """Only weights that are here already, where the hub cannot be reached: it would be asked many times, in vain."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(url: str) -> bool:
+    """Whether something listens there; taken for granted behind a proxy, which only the hub's own client can ask."""
+    if getproxies():
+        return True
+    place = urlsplit(url)
+    try:
+        socket.create_connection((place.hostname, place.port or 443), HUB_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
 def _explain(name: str, error: Exception) -> str:
     if "Unknown model" in str(error):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         return f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+        reason = "its weights are not on this machine, and the hub they come from cannot be reached"
     return f"timm cannot build {name!r}: {reason}"
 
 

@@ -1,10 +1,13 @@
 """timm's families as encoders; nothing is downloaded."""
 
 import json
+import socket
+import time
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 
 from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import load_encoder, save_encoder
@@ -120,3 +123,19 @@ def test_weights_that_cannot_be_fetched_are_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(TaskError, match="no model"):
         load_encoder("timm:there_is_no_such_model")
+
+
+def test_without_a_network_the_weights_are_missed_at_once_in_one_line(tmp_path, monkeypatch, capfd):
+    """A hub that nobody answers for: one line soon, not minutes of retries; what is in its cache is still found."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(TaskError, match="weights are not on this machine, and the hub they come from cannot be"):
+        load_encoder("timm:vit_tiny_patch16_224")
+    assert time.monotonic() - began < 20
+    assert "Retry" not in capfd.readouterr().err
+    assert constants.HF_HUB_OFFLINE is False
