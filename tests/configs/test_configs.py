@@ -13,7 +13,7 @@ from tests.pretrain.conftest import pretrain
 
 CONFIGS = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 SMALL = [name for name in CONFIGS if name.endswith(("_demo", "_tin40"))]
-# Parameters in millions, counted by the authors' code: MAE with its decoder, of DINO the student's encoder, both towers.
+# Parameters in millions, counted by the authors' code: MAE with its decoder, DINO's student encoder, CLIP's two towers.
 MILLIONS = {
     "mae_vitb16_in1k": 112, "mae_vitl16_in1k": 330, "mae_vith14_in1k": 658,
     "dino_vits16_in1k": 21.7, "dino_vits8_in1k": 21.7, "dino_vitb16_in1k": 85.8, "dinov2_vitl16_in1k": 303.3,
