@@ -121,7 +121,7 @@ def test_another_accumulation_resumes_with_the_same_global_batches(picture_set, 
         ({"seed": 6}, "seed was 5, now it is 6"),
         ({"global_batch_size": 12}, "global_batch_size was 24, now it is 12"),
         ({"lanes": 2}, "lanes was 24, now it is 2"),
-        ({"window": 1, "seed": 4}, "seed was 5, now it is 4; window was 4, now it is 1"),
+        ({"window": 1, "seed": 4}, "seed was 5, now it is 4; data.window was 4, now it is 1"),
     ],
 )
 def test_another_order_under_a_checkpoint_is_refused(picture_set, tmp_path, options, message):
@@ -192,7 +192,7 @@ def test_precision_of_the_model_is_that_of_the_images(picture_set):
         ({"workers": -1}, "workers -1"),
         ({"bad_sample_budget": 1.5}, "bad_sample_budget 1.5"),
         ({"std": (0.1, 0.0, 0.1)}, "std above 0"),
-        ({"mean": (0.1,)}, "three numbers"),
+        ({"mean": (0.1,)}, "one number for each of 3 channels"),
     ],
 )
 def test_bad_numbers(picture_set, options, message):
