@@ -20,6 +20,7 @@ DERIVED = {
     "limit_train_batches": "trainer.max_steps",
     "overfit_batches": "trainer.max_steps",
     "logger": "wandb (metrics.csv is always written)",
+    "log_every_n_steps": "log_every",
     "profiler": "nothing: metrics.csv says where the time goes",
     "enable_checkpointing": "checkpoint_every",
     "default_root_dir": "output",
@@ -37,12 +38,12 @@ def check(config: Namespace) -> None:
     if not config.output:
         raise RunError("--output is missing: name the folder of this run, for example --output runs/first")
     steps = config.trainer.max_steps
+    if steps is not None and (steps == 0 or steps < -1):
+        raise RunError(f"trainer.max_steps must be positive, not {steps}")
     if (config.epochs is None) == (steps is None or steps < 0):
         raise RunError("give the length of the run once: epochs, or trainer.max_steps")
     if config.epochs is not None and config.epochs <= 0:
         raise RunError(f"epochs must be positive, not {config.epochs}")
-    if steps == 0:
-        raise RunError("trainer.max_steps must be positive, not 0")
     for key in ("checkpoint_every", "log_every"):
         if config[key] < 1:
             raise RunError(f"{key} counts optimiser steps and must be at least 1, not {config[key]}")
@@ -63,13 +64,33 @@ def fill_in(config: Namespace) -> None:
             f"model.encoder.image_size {encoder.image_size} is not data.recipe.crop_size {crop}; "
             "set the crop size only, the encoder follows it"
         )
+    _check_patches(config)
     encoder.image_size = crop
     data = config.data
     check_channels(data.channels, data.bits, data.mean, data.std, data.train)
+    if data.bits == 16 and config.trainer.precision in ("16-true", "bf16-true"):
+        half = config.trainer.precision
+        raise RunError(f"trainer.precision {half} rounds 16-bit images before they are normalised: use {half[:-4]}mixed")
     for name, source in {"mean": "mean", "std": "std", "in_chans": "channels", "bits": "bits"}.items():
         if _plain(encoder[name]) not in (default[name], _plain(data[source])):
             raise RunError(f"model.encoder.{name} follows data.{source}; set data.{source} only")
         encoder[name] = data[source]
+
+
+def _check_patches(config: Namespace) -> None:
+    """The crops are whole numbers of patches; what a timm model takes is its own affair."""
+    encoder, recipe = config.model.init_args.encoder, config.data.recipe.init_args
+    patch = encoder.patch_size
+    if encoder.arch.startswith("timm:") or patch < 1:
+        return
+    for name in ("crop_size", "local_size"):
+        size = recipe.get(name)
+        if size is not None and size > 0 and size % patch:
+            near = [str(near) for near in (size // patch * patch, -(-size // patch) * patch) if near]
+            raise RunError(
+                f"data.recipe.{name} {size} is not a multiple of model.encoder.patch_size {patch}: the nearest are "
+                f"{' and '.join(near)}"
+            )
 
 
 def _plain(value: Any) -> Any:
