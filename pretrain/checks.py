@@ -70,7 +70,9 @@ def fill_in(config: Namespace) -> None:
     check_channels(data.channels, data.bits, data.mean, data.std, data.train)
     if data.bits == 16 and config.trainer.precision in ("16-true", "bf16-true"):
         half = config.trainer.precision
-        raise RunError(f"trainer.precision {half} rounds 16-bit images before they are normalised: use {half[:-4]}mixed")
+        raise RunError(
+            f"trainer.precision {half} rounds 16-bit images before they are normalised: use {half[:-4]}mixed"
+        )
     for name, source in {"mean": "mean", "std": "std", "in_chans": "channels", "bits": "bits"}.items():
         if _plain(encoder[name]) not in (default[name], _plain(data[source])):
             raise RunError(f"model.encoder.{name} follows data.{source}; set data.{source} only")
