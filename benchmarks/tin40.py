@@ -2,7 +2,8 @@
 
     python -m benchmarks.tin40 --data /path/to/tin40 --work /tmp/tin40 --configs mae_tin40 --seeds 0 1 2
 
-`--data` holds `train.tar` and `val.tar` (class folders inside) and, for CLIP, `classes.tsv`. Nothing is chosen on the validation images: the
+`--data` holds `train.tar` and `val.tar` (class folders inside) and, for CLIP, `classes.tsv`. Nothing is chosen on the
+validation images: the
 configs are fixed, and the linear probe chooses its strength on a tenth of train.
 """
 
