@@ -67,6 +67,7 @@ def open_remote(url: str) -> Path:
         shard.name: Origin(f"{url}/{_quoted(url, shard.name)}", shard.bytes, shard.digest) for shard in manifest.shards
     }
     root = _folder(url, manifest.hash)
+    _check_names(url, origins)
     _write(root, url, origins, content)
     return root
 
@@ -147,6 +148,7 @@ def _listed(url: str) -> dict[str, Origin]:
 def _open_without_manifest(url: str, folder: str, origins: dict[str, Origin]) -> Path:
     """Make a manifest: from the indexes where they lie beside the tars, else every tar is fetched once."""
     root = _folder(url, json.dumps([asdict(origin) for origin in origins.values()]))
+    _check_names(url, origins)
     with _written(root), locked(root / ".manifest.lock", wait=True):
         if not (root / MANIFEST).is_file():
             tell(f"{url}: no {MANIFEST}; indexing {len(origins)} tars, once")
@@ -181,6 +183,13 @@ def _classes(folder: str) -> tuple[str, ...]:
         raise
     except ValueError as error:
         raise DataError(f"{folder}/{MANIFEST} is damaged ({error}): upload it again") from None
+
+
+def _check_names(url: str, names: Iterable[str]) -> None:
+    """Names from elsewhere become files here: plain ones only."""
+    for name in names:
+        if "/" in name or "\0" in name or name.startswith(".") or not name.endswith(".tar") or len(name) > 200:
+            raise DataError(f"{url}: {name[:80]!r} is no plain name of a .tar")
 
 
 def _folder(url: str, version: str) -> Path:
@@ -244,7 +253,10 @@ def _download(path: Path, origin: Origin, aside: Path) -> None:
     if origin.version and (now := _origin(origin.url)) != origin:
         raise DataError(f"{origin.url} was replaced on the server ({now.bytes} bytes): start again to take the new set")
     remote.download(origin.url, aside, origin.bytes, remote.PATIENT)
-    index = scan_tar(aside)
+    try:
+        index = scan_tar(aside)
+    except DataError as error:
+        raise DataError(str(error).replace(str(aside), origin.url)) from None
     if origin.digest and describe_shard(index).digest != origin.digest:
         raise DataError(f"{origin.url} is not the shard that {MANIFEST} lists: one of the two was replaced")
     beside = _index_beside(origin, path)  # it has checksums

@@ -63,7 +63,7 @@ def test_a_single_shard_is_not_a_tar_of_images(tmp_path: Path) -> None:
 
 
 def test_bad_paths(tmp_path: Path, cache: Path) -> None:
-    for path, message in (("nowhere", "does not exist"), ("empty", "holds no images, nothing")):
+    for path, message in (("nowhere", "does not exist"), ("empty", "holds no images, it is empty")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(DataError, match=message):
             open_shards(tmp_path / path)
@@ -92,3 +92,54 @@ def test_several_processes_pack_it_once(tmp_path: Path) -> None:
     assert len({out for out, _ in outputs}) == 1
     assert sorted("packed before" in err for _, err in outputs) == [False, True, True]
     assert load_manifest(outputs[0][0].strip()).num_samples == 120
+
+
+def braces(root: Path, samples: int = 12) -> str:
+    """Three shards of four samples with classes; their pattern."""
+    with ShardWriter(root, samples_per_shard=4, classes=["cat", "dog"]) as writer:
+        for i in range(samples):
+            writer.write(f"{i}", {"jpg": picture(i), "cls": b"1"})
+    return f"{root}/shard-{{000000..000002}}.tar"
+
+
+def test_tars_in_braces(tmp_path: Path, cache: Path) -> None:
+    root = tmp_path / "set"
+    folder = open_shards(braces(root))
+    manifest = load_manifest(folder)
+    assert manifest.hash == load_manifest(root).hash and manifest.classes == ("cat", "dog")
+    assert folder.parent == cache / "named"
+    assert load_manifest(open_shards(f"{root}/shard-{{000002,000000}}.tar")).num_samples == 8
+    assert {path.name for path in root.iterdir()} == {
+        "manifest.json", *(f"shard-00000{i}.tar{suffix}" for i in range(3) for suffix in ("", ".idx"))
+    }  # fmt: skip
+
+
+def test_tars_of_one_name_in_several_folders(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "x.tar", [(f"{name}{i}.jpg", picture(i)) for i in range(3)])
+    manifest = load_manifest(open_shards(f"{tmp_path}/{{a,b}}/x.tar"))
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [("a__x.tar", 3), ("b__x.tar", 3)]
+
+
+def test_a_tar_in_braces_that_is_replaced(tmp_path: Path) -> None:
+    pattern = braces(tmp_path / "set")
+    assert load_manifest(open_shards(pattern)).num_samples == 12
+    write_tar(tmp_path / "set" / "shard-000001.tar", [("new.jpg", picture(50))])
+    assert load_manifest(open_shards(pattern)).num_samples == 9
+
+
+def test_bad_braces(tmp_path: Path) -> None:
+    braces(tmp_path / "set")
+    for pattern, message in (
+        ("shard-{000000..000004}.tar", r"shard-000003.tar does not exist: 2 of the 5 tars"),
+        ("shard-{000000..00.tar", "a brace is not closed"),
+        ("shard-{0..3}", "is no .tar"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_shards(tmp_path / "set" / pattern)
+
+
+def test_a_folder_with_braces_in_its_name_is_a_folder(tmp_path: Path) -> None:
+    image_folders(tmp_path / "{a,b}")
+    assert load_manifest(open_shards(tmp_path / "{a,b}")).num_samples == 15

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,22 @@ def test_a_damaged_manifest(own_web, own_pictures, content):
     (own_pictures / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest.json is damaged .*upload it again"):
         open_shards(own_web.url)
+
+
+@pytest.mark.parametrize("name", ["../../x.tar", "/etc/x.tar", ".x.tar", "x", f"{'x' * 300}.tar"])
+def test_names_from_elsewhere_do_not_leave_the_cache(own_web, own_pictures, name):
+    manifest = load_manifest(own_pictures)
+    shards = (replace(manifest.shards[0], name=name), *manifest.shards[1:])
+    (own_pictures / "manifest.json").write_bytes(replace(manifest, shards=shards).to_bytes())
+    with pytest.raises(DataError, match=r"is no plain name of a .tar"):
+        open_shards(own_web.url)
+
+
+def test_a_compressed_tar_is_named_by_its_url(own_web, own_pictures):
+    tar = own_pictures / "shard-000001.tar"
+    tar.write_bytes(b"\x1f\x8b" + bytes(1000))
+    with pytest.raises(DataError, match=rf"^{own_web.url}/shard-000001.tar is compressed"):
+        fetch(open_shards(f"{own_web.url}/shard-000001.tar") / "shard-000001.tar")
 
 
 @pytest.mark.parametrize("indexed", [True, False])

@@ -3,6 +3,8 @@
 import base64
 import csv
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from pretrain.run import train
 from tests.datamodules.servers import s3_server, web_server
 from tests.pretrain.conftest import SMALL, pretrain
 
+ROOT = Path(__file__).resolve().parents[2]
 SECRETS = ("s3cr3t-key", "AKIDs3cr3t", "s3cr3t-token", "netrc-s3cr3t")
 
 
@@ -159,3 +162,19 @@ def _upload(folder: Path) -> None:
     client.create_bucket(Bucket="pictures")
     for path in folder.iterdir():
         client.put_object(Bucket="pictures", Key=f"train/{path.name}", Body=path.read_bytes())
+
+
+@pytest.mark.slow
+def test_the_commands_of_readme(web, tmp_path, monkeypatch):
+    """As printed, but with the tiny model, and every URL that of the server here."""
+    section = (ROOT / "README.md").read_text().partition("## Remote shards")[2]
+    commands = section.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert len(commands) >= 4
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        command = command.replace("mae_vitb16_in1k", "mae_demo")
+        command = re.sub(r"\w+://[\w./-]*(?=[\s\"]|$)", web.url, command)
+        command = re.sub(r"https://[^\"]*", f"{web.url}/synth-{{000000..000002}}.tar", command)
+        arguments = shlex.split(command)[1:]
+        more = [*SMALL, "--trainer.max_steps", "4"] if arguments[0] == "pretrain" else []
+        assert main([*arguments, *more]) == 0, command
