@@ -62,7 +62,7 @@ def test_a_run_leaves_what_the_contract_names(
     assert config["trainer"]["max_steps"] == 8 and config["model"]["init_args"]["encoder"]["image_size"] == 16
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 8 and state["trivit"]["objective"] == "mae"
-    assert not list(run.rglob("*.part"))
+    assert not list(run.rglob("*.part")) and not (run / ".lock").exists()
 
     assert pretrain(*small, "--output", run) == 0
     said = capsys.readouterr().out
@@ -126,9 +126,16 @@ def test_another_run_or_other_files_are_left_alone(
     assert pretrain(*small, "--output", other) == 2
     assert "no trivit run" in capsys.readouterr().err and [p.name for p in other.iterdir()] == ["holiday.jpg"]
 
+    (other / "config.yaml").write_text("theme: dark\n")  # somebody's, not ours
+    assert pretrain(*small, "--output", other) == 2
+    error = capsys.readouterr().err
+    assert "no trivit run" in error and "allow_changes" not in error and len(list(other.iterdir())) == 2
+
     file = tmp_path / "file"
     file.write_text("x")
     assert pretrain(*small, "--output", file) == 2
+    assert pretrain(*small, "--output", "/proc/foo") == 2
+    assert "--output /proc/foo: this folder cannot be made" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", [8, 12], ids=["finished", "unfinished"])
@@ -170,7 +177,7 @@ def test_nan_stops_the_run_and_names_step_and_samples(
     run = tmp_path / "run"
     assert pretrain(*small, "--output", run, "--model.lr", "1e20", "--checkpoint_every", 1) == 1
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: "))
-    assert "NaN or infinite at step" in line
+    assert "NaN or infinite at step" in line and "last.ckpt is untouched" in line
     facts = json.loads((run / "checkpoints/non_finite_rank0.json").read_text())
     assert facts["step"] >= 2 and (facts["keys"] or facts["gradient_norm_bad"])
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
@@ -194,8 +201,9 @@ def test_a_bad_gradient_never_reaches_the_weights_and_names_its_own_samples(
                 next(p for p in pl_module.parameters() if p.grad is not None).grad.fill_(float("nan"))
 
     run = tmp_path / "run"
-    with pytest.raises(NonFiniteError, match="a gradient became NaN or infinite at step 4"):
+    with pytest.raises(NonFiniteError, match="a gradient became NaN or infinite at step 4") as caught:
         train(*parse([*small, "--output", str(run)]), [Poison()])
+    assert "last.ckpt" not in str(caught.value)  # there is none yet
     facts = json.loads((run / "checkpoints/non_finite_rank0.json").read_text())
     assert facts["step"] == 4 and facts["keys"] == seen[3]
     state = torch.load(run / "checkpoints/non_finite.ckpt", weights_only=True)["state_dict"]
@@ -383,17 +391,23 @@ def test_a_plain_folder_of_images_is_packed_once(
     for i in range(40):
         Image.effect_noise((40 + i, 50), 60).convert("RGB").save(photos / f"IMG {i}.jpg")
     assert pretrain(*small, "--data.train", photos, "--output", tmp_path / "a", "--trainer.max_steps", 3) == 0
-    said = capsys.readouterr()
-    assert str(tmp_path / "cache") in said.out + said.err
+    said = capsys.readouterr().err
+    assert said.count("packing 40 images") == 1 and str(tmp_path / "cache") in said
+    assert "packed before" not in said  # it was opened once
+    assert yaml.safe_load((tmp_path / "a/config.yaml").read_text())["data"]["train"] == str(photos)
     assert pretrain(*small, "--data.train", photos, "--output", tmp_path / "b", "--trainer.max_steps", 3) == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
-def test_wandb_offline_is_one_flag(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_is_one_flag(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     run = tmp_path / "run"
-    assert pretrain(*small, "--output", run, "--wandb", "offline", "--trainer.max_steps", 3) == 0
-    assert list(run.glob("wandb/offline-run-*/*.wandb")) and len(losses(run)) == 3
+    more = ["--wandb", "offline", "--trainer.max_steps", 3, "--log_every", 10]
+    assert pretrain(*small, "--output", run, *more) == 0
+    assert list(run.glob("wandb/offline-run-*/*.wandb")) and len(losses(run)) == 1
+    assert not [warning for warning in recwarn if "log_every_n_steps" in str(warning.message)]
 
 
 @pytest.mark.slow
