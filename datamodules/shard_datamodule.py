@@ -219,8 +219,8 @@ class ShardDataModule(LightningDataModule):
                 changes.insert(0, self._other_data(state_dict.get("train"), state_dict.get("samples")))
             options = ",".join("data.train" if name == "manifest" else f"data.{name}" for name in differ)
             raise DataError(
-                f"{'; '.join(changes)}. Begin a new run in another --output, go back to what it was, or go on with what "
-                f"is new by --allow_changes '[{options}]'"
+                f"{'; '.join(changes)}. Begin a new run in another --output, go back to what it was, or go on with "
+                f"what is new by --allow_changes '[{options}]'"
             )
 
     def _other_data(self, train: str | None, samples: int | None) -> str:

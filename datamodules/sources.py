@@ -127,8 +127,8 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
         del ignored[f".{ARRAY}"]
     if not images:
         other = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(3))
-        found = f"only other files ({other})" if other else "nothing"
-        raise DataError(f"{path} holds no images, {found}: images end in {', '.join(sorted(PLAIN_IMAGES))}")
+        found = f"only other files ({other})" if other else "it is empty"
+        raise DataError(f"{path} holds no images, {found}; names of images end in {', '.join(sorted(PLAIN_IMAGES))}")
     prefix = shared_prefix([image.name for image in images])
     inner = [image.name[len(prefix) :] for image in images]
     classes = sorted({name.partition("/")[0] for name in inner if "/" in name})

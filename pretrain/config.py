@@ -28,6 +28,7 @@ from tasks.errors import TaskError
 from tasks.task import PretrainTask
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+WITHOUT_CONFIG = ("--config", "-c", "--model", "--model.class_path", "--help", "-h", "--print_config")
 
 
 class PretrainCLI(LightningCLI):
@@ -83,6 +84,11 @@ class PretrainCLI(LightningCLI):
 
 def parse(arguments: list[str]) -> tuple[PretrainCLI, Namespace]:
     """Command line (with `--config FILE_OR_SHIPPED_NAME`) -> parser and config; RunError in one line if it is wrong."""
+    if not any(argument.partition("=")[0] in WITHOUT_CONFIG for argument in arguments):
+        raise RunError(
+            "--config is missing: give a YAML file or the name of a shipped one "
+            f"({_shipped()}), for example trivit pretrain --config mae_demo --data.train DIR --output RUN"
+        )
     try:
         cli = PretrainCLI(find_configs(arguments))
     except (ArgumentError, argparse.ArgumentError) as error:
@@ -118,8 +124,7 @@ def find_configs(arguments: list[str]) -> list[str]:
         if not path.is_file():
             path = SHIPPED / f"{value.removesuffix('.yaml')}.yaml"
         if not path.is_file():
-            names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
-            raise RunError(f"--config {value}: no such file, and no shipped config of that name ({names})")
+            raise RunError(f"--config {value}: no such file, and no shipped config of that name ({_shipped()})")
         try:
             if not isinstance(yaml.safe_load(path.read_text()), dict):
                 raise RunError(f"--config {path}: this is not a YAML mapping of settings")
@@ -130,6 +135,10 @@ def find_configs(arguments: list[str]) -> list[str]:
         else:
             found[i + 1] = str(path)
     return found
+
+
+def _shipped() -> str:
+    return ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
 def shorten(message: str) -> str:

@@ -104,8 +104,9 @@ class FiniteGuard(Callback):
         state = self.directory / "non_finite.ckpt"
         trainer.save_checkpoint(state)
         what = "a gradient" if bad_norm else "the loss"
+        untouched = ", last.ckpt is untouched" if (self.directory / "last.ckpt").exists() else ""
         raise NonFiniteError(
             f"{what} became NaN or infinite at step {step} (samples {', '.join(keys[:4])} ..., all in {note}); the "
-            f"state before it was saved to {state}, last.ckpt is untouched. Try a lower rate, a longer warm-up, bf16 "
-            "or fp32 instead of fp16"
+            f"state before it was saved to {state}{untouched}. Try a lower rate, a longer warm-up, bf16 or fp32 "
+            "instead of fp16"
         )

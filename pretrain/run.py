@@ -133,6 +133,7 @@ def _trainer(
         "max_epochs": -1,  # one long nominal epoch: everything is driven by the optimiser step
         "callbacks": [*callbacks, *more, *_as_list(settings.callbacks)],
         "logger": _wandb(config, directory) or False,
+        "log_every_n_steps": min(config.log_every, config.trainer.max_steps),  # or Lightning warns of short runs
         "profiler": phases,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

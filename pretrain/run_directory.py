@@ -3,6 +3,7 @@
 config.yaml   metrics.csv   checkpoints/last.ckpt   bad_samples.jsonl   samples.jsonl   results.json   report.html
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -45,30 +46,55 @@ class RunDirectory:
         if self.path.is_file():
             raise RunError(f"--output {self.path} is a file; name a folder")
         ours = (".lock", "config.yaml.part")
-        if self.path.is_dir() and not self.config.exists() and any(p.name not in ours for p in self.path.iterdir()):
+        if self.path.is_dir() and any(p.name not in ours for p in self.path.iterdir()) and not self._holds_a_run():
             raise RunError(f"--output {self.path} holds files but no trivit run; name a new or empty folder")
         if launched_rank() != 0:
             return
         try:
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunError(
+                f"--output {self.path}: this folder cannot be made ({error.strerror}); name another one"
+            ) from error
+        while self._lock is None:
+            self._lock = self._locked()
+
+    def _holds_a_run(self) -> bool:
+        """Whether config.yaml is one of ours, or so damaged that it may have been."""
+        if not self.config.exists():
+            return False
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            return True
+        return isinstance(config, dict) and {"model", "data", "trainer"} <= config.keys()
+
+    def _locked(self) -> TextIO | None:
+        """The lock, or None when the run that held it has just ended and taken the file away. RunError as `claim`."""
+        place = self.path / ".lock"
+        try:
+            lock = place.open("w")
         except OSError as error:
             raise RunError(f"--output {self.path} cannot be written ({error.strerror}); name another folder") from error
         try:
             # Unlike flock this does not pass on to loader workers, which may outlive a killed run for a moment.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
-            self._lock = None
+            lock.close()
             raise RunError(f"another process trains in {self.path}; wait for it or name another --output") from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), place.stat()):
+                return lock
+        lock.close()
+        return None
 
     def release(self) -> None:
         """Let another process train here; a folder that we made and in which nothing happened is removed."""
         if self._lock is None:
             return
-        if self._created and [p.name for p in self.path.iterdir()] == [".lock"]:
-            (self.path / ".lock").unlink()  # still locked, so nobody else has begun here
+        (self.path / ".lock").unlink(missing_ok=True)  # still locked, so nobody else has begun here
+        if self._created and not any(self.path.iterdir()):
             self.path.rmdir()
         self._lock.close()
         self._lock = None

@@ -151,7 +151,8 @@ class DINOTask(PretrainTask):
             steps = epochs * steps_per_epoch
             if steps > total or (steps == total and "teacher_temp" not in name):
                 raise TaskError(
-                    f"{name} {epochs:g} ({steps:g} steps) is not shorter than the run of {total}: shorten it"
+                    f"model.{name} {epochs:g} ({steps:g} steps) is not shorter than the run of {total} steps: shorten "
+                    f"it by --model.{name}"
                 )
 
     # ---- Lightning's hooks, in the order of a run

@@ -33,6 +33,8 @@ def save_encoder(encoder: Encoder, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise TaskError(f"cannot write {path}: the name of an exported encoder ends in .safetensors")
+    if not path.parent.is_dir():
+        raise TaskError(f"cannot write {path}: the folder {path.parent} does not exist")
     metadata = {"trivit": json.dumps({"format": FORMAT, "encoder": asdict(encoder.config)}), "format": "pt"}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.trunk.state_dict().items()}
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -96,7 +96,13 @@ class PretrainTask(pl.LightningModule):
         """Raises TaskError for a warm-up that is not shorter than the run of `total` optimiser steps."""
         warmup = self.warmup(steps_per_epoch)
         if warmup >= total:
-            raise TaskError(f"the warm-up of {warmup:g} steps is not shorter than the run of {total}: shorten it")
+            name, value, tenth = "warmup_steps", warmup, f"{total // 10}"
+            if self.warmup_epochs is not None:
+                name, value, tenth = "warmup_epochs", self.warmup_epochs, f"{0.1 * total / steps_per_epoch:.2g}"
+            raise TaskError(
+                f"model.{name} {value:g}: a warm-up of {warmup:g} steps is not shorter than the run of {total} steps; "
+                f"shorten it, for example --model.{name} {tenth}"
+            )
 
     def on_fit_start(self) -> None:
         """Refuses a schedule that cannot work."""

@@ -75,7 +75,7 @@ def test_links_in_tars_are_never_followed(tmp_path: Path) -> None:
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    with pytest.raises(DataError, match="holds no images, nothing"):
+    with pytest.raises(DataError, match="holds no images, it is empty"):
         list_source(tmp_path / "a.tar")
     write_tar(tmp_path / "b.tar", [("../../x.jpg", b"1"), ("/etc/y.jpg", b"2")])
     assert len(list_source(tmp_path / "b.tar").images) == 2
@@ -112,7 +112,7 @@ def test_no_images_by_suffix(name: str) -> None:
 def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
         list_source(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no images, nothing: images end in"):
+    with pytest.raises(DataError, match="holds no images, it is empty; names of images end in"):
         list_source(tmp_path)
     (tmp_path / "a.txt").touch()
     with pytest.raises(DataError, match=r"holds no images, only other files \(1 \.txt\)"):

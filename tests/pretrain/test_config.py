@@ -22,16 +22,30 @@ BAD = {
         ["MAETask learns from image", "DINORecipe makes global_views, local_views", "recipe of mae"],
     ),
     "both lengths": (["--epochs", "3"], ["epochs", "max_steps"]),
+    "negative steps": (["--trainer.max_steps=-5"], ["trainer.max_steps must be positive, not -5"]),
     "no length": (["--trainer.max_steps", "-1"], ["epochs", "max_steps"]),
     "negative epochs": (["--trainer.max_steps", "-1", "--epochs", "-2"], ["epochs"]),
     "both rates": (["--model.base_lr", "1e-3"], ["lr", "base_lr"]),
     "no rate": (["--model.lr", "null"], ["lr", "base_lr"]),
-    "warm-up longer than the run": (["--model.warmup_steps", "9"], ["warm", "9", "8"]),
+    "warm-up longer than the run": (
+        ["--model.warmup_steps", "100", "--trainer.max_steps", "90"],
+        ["model.warmup_steps 100", "run of 90 steps", "--model.warmup_steps 9"],
+    ),
+    "warm-up epochs longer than the run": (
+        ["--model.warmup_epochs", "2", "--model.warmup_steps", "null"],
+        ["model.warmup_epochs 2: a warm-up of 12 steps", "--model.warmup_epochs 0.13"],
+    ),
     "both warm-ups": (["--model.warmup_epochs", "1"], ["warmup_epochs", "warmup_steps"]),
     "batch not divisible": (["--data.global_batch_size", "17", "--data.lanes", "4"], ["17"]),
     "batch larger than the data": (["--data.global_batch_size", "1024"], ["1024", "96"]),
     "batch of nothing": (["--data.global_batch_size", "0"], ["global_batch_size"]),
     "patch against image": (["--model.encoder.patch_size", "5"], ["5", "16"]),
+    "crop against patches": (
+        ["--data.recipe.crop_size", "18"],
+        ["data.recipe.crop_size 18", "model.encoder.patch_size 4", "the nearest are 16 and 20"],
+    ),
+    "crop smaller than a patch": (["--data.recipe.crop_size", "3"], ["the nearest are 4"]),
+    "rows are ours": (["--trainer.log_every_n_steps", "2"], ["log_every"]),
     "crop against encoder": (["--model.encoder.image_size", "48"], ["48", "16", "crop_size"]),
     "mask ratio": (["--model.mask_ratio", "1.5"], ["mask_ratio"]),
     "no such data": (["--data.train", "/no/such/folder"], ["/no/such/folder"]),
@@ -62,6 +76,12 @@ def test_bad_input_is_one_line_and_2(
 def test_output_is_needed(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain(*small) == 2
     assert "--output" in capsys.readouterr().err
+
+
+def test_config_is_needed_and_the_shipped_ones_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain() == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in ("--config", "mae_demo", "mae_vitb16_in1k", "--output"))
 
 
 def test_config_by_bare_name_or_path(tmp_path: Path) -> None:
