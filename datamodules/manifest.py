@@ -27,9 +27,10 @@ from datamodules.workers import Tick, spread
 FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.jsonl"
-REMOTE = "remote.json"
+REMOTE = "trivit_remote.json"
 """In a folder of the cache that stands for a remote set: see `remote_set`."""
 CLASSES = "classes.txt"
+SKIPPED = "skipped.tsv"
 _SHARDS_FOR_PROCESSES = 64
 log = logging.getLogger("trivit")
 
@@ -116,6 +117,15 @@ def describe_shard(index: ShardIndex) -> Shard:
     return Shard(Path(index.path).name, len(index), index.tar_bytes, digest.hexdigest()[:32], len(index.findings))
 
 
+def skipped_images(root: Path) -> list[tuple[str, str]]:
+    """Name and reason of each image that could not be read when the set in this folder was packed."""
+    try:
+        lines = (root / SKIPPED).read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+    return [(name, reason) for name, _, reason in (line.partition("\t") for line in lines)]
+
+
 def load_manifest(root: str | os.PathLike[str]) -> Manifest:
     """The manifest of the tars in the folder `root`; made (with a progress bar) when it is missing or out of date.
 
@@ -183,7 +193,7 @@ def build_manifest(root: Path, names: Sequence[str], classes: tuple[str, ...] = 
     paths = [root / name for name in names]
     described: dict[str, Shard] = {}
     members = Counter[str]()
-    with tqdm(total=len(paths), desc="indexing", unit="shard", disable=None, leave=False) as bar:
+    with tqdm(total=len(paths), desc="indexing", unit="shard", disable=None, leave=False, delay=0.5) as bar:
         workers = None if len(paths) >= _SHARDS_FOR_PROCESSES else 1
         for path, (shard, counts) in spread(_index_shard, paths, workers=workers, tick=bar.update):
             described[path.name] = shard

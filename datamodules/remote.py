@@ -26,13 +26,9 @@ PATIENT = (1.0, 4.0, 15.0, 40.0)
 IMPATIENT = (0.5, 2.0)
 """Seconds between tries at the start, when somebody is waiting and a wrong address is likelier."""
 _CUT = (
-    "PayloadError",
-    "DisconnectedError",
-    "StreamingError",
-    "ContentLengthError",
-    "TransferEncodingError",
-    "IncompleteRead",
-)
+    "PayloadError", "DisconnectedError", "StreamingError", "ContentLengthError", "TransferEncodingError",
+    "IncompleteRead", "ConnectionClosedError",
+)  # fmt: skip
 Value = TypeVar("Value")
 
 

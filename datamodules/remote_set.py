@@ -1,6 +1,6 @@
 """A set of shards behind a URL, as a folder in the cache whose tars come when they are opened.
 
-The folder has the manifest and `remote.json`, which says where each tar comes from and what it must be: so many bytes,
+The folder has the manifest and `trivit_remote.json`, which says where each tar comes from and what it must be: so many bytes,
 and the members that the manifest counted or, in a set without one, the version that the server showed at the start. Its
 name holds a hash of the URL and of all that, hence a set that was replaced is another folder.
 """
@@ -149,10 +149,10 @@ def _open_without_manifest(url: str, folder: str, origins: dict[str, Origin]) ->
     """Make a manifest: from the indexes where they lie beside the tars, else every tar is fetched once."""
     root = _folder(url, json.dumps([asdict(origin) for origin in origins.values()]))
     _check_names(url, origins)
+    _write(root, url, origins, None)
     with _written(root), locked(root / ".manifest.lock", wait=True):
         if not (root / MANIFEST).is_file():
             tell(f"{url}: no {MANIFEST}; indexing {len(origins)} tars, once")
-            _write(root, url, origins, None)
             indexed = _in_parallel(lambda item: _indexed(root / item[0], item[1]), origins.items(), "indexing")
             members = sum((counts for _, counts in indexed), Counter[str]())
             shards = tuple(shard for shard, _ in indexed)

@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import shutil
 import time
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from datamodules import remote
 from datamodules.errors import DataError
 from datamodules.remote import check_url, download, read, redact
+from tests.datamodules.servers import web_server
 
 
 @pytest.mark.parametrize("url", ["http://h/a b", "https://h:8443/x/", "s3://bucket", "s3://b/x@y", "gs://bucket/x"])
@@ -45,7 +47,7 @@ def test_redacted_text():
     assert redact(text) == "404, url='https://cdn.example/a.tar?***' from s3://***@b/c and http://h/plain"
 
 
-@pytest.mark.parametrize(
+FAULTS = pytest.mark.parametrize(
     ("fault", "message", "requests"),
     [
         ("500", "the server answers 500, 3 times", 3),
@@ -60,6 +62,9 @@ def test_redacted_text():
         ("stall", "no answer within 0.3 s, 3 times", 3),
     ],
 )
+
+
+@FAULTS
 def test_a_file_that_cannot_be_had(web, picture_set, tmp_path, monkeypatch, fault, message, requests):
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
     web.faults["/shard-000000.tar"] = (fault, None)
@@ -71,6 +76,29 @@ def test_a_file_that_cannot_be_had(web, picture_set, tmp_path, monkeypatch, faul
     assert isinstance(caught.value, remote.NotThereError) == (fault == "404")
     assert web.requests["/shard-000000.tar"] == requests
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{web.url}/shard-000000.tar")
+
+
+@FAULTS
+def test_the_same_over_s3(picture_set, cache, tmp_path, monkeypatch, fault, message, requests):
+    """A web server is an S3 server to someone who only gets."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
+    shutil.copytree(picture_set, tmp_path / "root" / "bucket" / "train")
+    with web_server(tmp_path / "root") as server:
+        for name, value in {
+            "AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "AKIDSECRET", "AWS_SECRET_ACCESS_KEY": "SECRET",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        path = "/bucket/train/shard-000000.tar"
+        server.faults[path] = (fault, None)
+        size = (picture_set / "shard-000000.tar").stat().st_size
+        with pytest.raises(DataError, match=message) as caught:
+            download(f"s3:/{path}", tmp_path / "x", size, remote.PATIENT)
+        assert server.requests[path] == requests
+        assert "SECRET" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "refuse", "stall", "short"])

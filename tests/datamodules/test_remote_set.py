@@ -18,7 +18,7 @@ from datamodules.remote_set import expand, fetch, short_names
 from datamodules.shard_reader import BadSampleError, ShardReader
 from datamodules.verify import verify
 from tests.datamodules.pictures import write_pictures
-from tests.datamodules.servers import google_server, s3_server
+from tests.datamodules.servers import google_server, s3_server, web_server
 
 
 def read_all(root: Path) -> list[str]:
@@ -251,6 +251,14 @@ def test_verify_and_inspect(own_web, own_pictures, tmp_path, capsys):
     assert f"{own_web.url}: 40 samples in 4 shards" in out and (tmp_path / "sheet.png").is_file()
 
 
+def test_inspect_fetches_few_of_many_shards(tmp_path, cache, capsys):
+    with web_server(write_pictures(tmp_path / "many", 40, 2)) as server:
+        assert inspect_command(server.url, tmp_path / "sheet.png") == 0
+        assert sum(name.endswith(".tar") for name in server.requests) == 8
+    out = capsys.readouterr().out
+    assert "40 samples in 20 shards" in out and "looked at: 8 of the 20 shards" in out
+
+
 @pytest.mark.parametrize("protocol", ["s3", "gs"])
 def test_buckets(picture_set, cache, monkeypatch, protocol):
     """The same over S3 (moto) and Google storage (gcp-storage-emulator), both real servers."""
@@ -301,8 +309,8 @@ def google_uploader(endpoint, monkeypatch):
 
 
 def test_what_the_folder_says(web):
-    """remote.json says all that a process needs to fetch."""
+    """trivit_remote.json says all that a process needs to fetch."""
     root = open_shards(web.url)
-    about = json.loads((root / "remote.json").read_text())
+    about = json.loads((root / "trivit_remote.json").read_text())
     assert about["url"] == web.url and len(about["shards"]) == 7
     assert about["shards"]["shard-000000.tar"]["url"] == f"{web.url}/shard-000000.tar"

@@ -149,7 +149,8 @@ def test_no_secret_is_in_any_file_or_line(drawn, tmp_path, monkeypatch, capfd):
     for text in capfd.readouterr():
         assert "Traceback" not in text and not [secret for secret in SECRETS if secret in text], text
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "netrc"]
-    assert {"config.yaml", "last.ckpt", "results.json", "report.html", "remote.json"} <= {path.name for path in files}
+    names = {"config.yaml", "last.ckpt", "results.json", "report.html", "trivit_remote.json"}
+    assert names <= {path.name for path in files}
     for path in files:
         data = path.read_bytes()
         assert not [secret for secret in SECRETS if secret.encode() in data], path
