@@ -55,6 +55,7 @@ class _Epoch:
     piece_first: Ints
     window_start: Ints
     window_size: Ints
+    window_grid: tuple[Words, Words]
     window_key: Words
 
 
@@ -95,6 +96,8 @@ class Order:
         self.steps_per_epoch = self.num_samples // global_batch_size
         self._used = self.steps_per_epoch * global_batch_size
         self._lane_size = self._used // self.lanes
+        lane, in_lane = np.divmod(np.arange(global_batch_size, dtype=np.int64), global_batch_size // self.lanes)
+        self._first_places: Ints = lane * self._lane_size + in_lane  # of an epoch's first batch
         self._first_sample: Ints = np.concatenate([[0], np.cumsum(self.counts)])
         self._epochs: dict[int, _Epoch] = {}
 
@@ -102,11 +105,8 @@ class Order:
         """Places [start, stop) of the global batch of optimiser step `step` (counted from the start of the run)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         stop = self.global_batch_size if stop is None else stop
-        in_batch = np.arange(start, stop, dtype=np.int64)
-        per_lane = self.global_batch_size // self.lanes
-        lane, in_lane = np.divmod(in_batch, per_lane)
-        place = lane * self._lane_size + step_in_epoch * per_lane + in_lane
-        position = in_batch + step_in_epoch * self.global_batch_size
+        place = self._first_places[start:stop] + step_in_epoch * (self.global_batch_size // self.lanes)
+        position = np.arange(start, stop, dtype=np.int64) + step_in_epoch * self.global_batch_size
         shard, sample = self._look_up(epoch, self._shuffled(epoch, place))
         return Draws(epoch, shard, sample, position, rng.sample_keys(self.seed, epoch, position))
 
@@ -160,8 +160,9 @@ class Order:
     def _shuffled(self, epoch: int, place: Ints) -> Ints:
         table = self._epoch(epoch)
         window = np.searchsorted(table.window_start, place, side="right") - 1
-        start = table.window_start[window]
-        return start + permute(place - start, table.window_size[window], table.window_key[window])
+        start, (rows, columns) = table.window_start[window], table.window_grid
+        grid = rows[window], columns[window]
+        return start + permute(place - start, table.window_size[window], table.window_key[window], grid)
 
     def _look_up(self, epoch: int, place: Ints) -> tuple[Ints, Ints]:
         table = self._epoch(epoch)
@@ -200,7 +201,7 @@ class Order:
         window_start = starts[in_lane % self.window == 0]
         window_size = np.diff(np.append(window_start, self._used))
         window_key = rng.words(rng.word(self.seed, epoch, 5), window_start)
-        return _Epoch(piece_start, shard, first, window_start, window_size, window_key)
+        return _Epoch(piece_start, shard, first, window_start, window_size, _grid(window_size), window_key)
 
     def _pieces(self, epoch: int) -> tuple[Ints, Ints, Ints]:
         """Shard, first sample and size of every run of samples of the epoch, in the order of the data set."""
@@ -221,21 +222,27 @@ def default_lanes(global_batch_size: int) -> int:
     return max(lanes for lanes in range(1, MOST_LANES + 1) if global_batch_size % lanes == 0)
 
 
-def permute(index: Ints, size: Ints, key: Words) -> Ints:
+def permute(index: Ints, size: Ints, key: Words, grid: tuple[Words, Words] | None = None) -> Ints:
     """Send each index in [0, size) to its place in the permutation of that size and key; elementwise, [b] each -> [b].
 
     A Feistel network over a grid of about sqrt(size) rows and columns; the few places of the grid that are not in
     [0, size) are walked through until one is (Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9, cycle walking).
     """
     sizes = size.astype(np.uint64)
-    rows: Words = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.uint64)
-    columns: Words = (sizes + rows - np.uint64(1)) // rows
+    rows, columns = _grid(size) if grid is None else grid  # may be at hand, and roots and divisions take time
     out = _feistel(index.astype(np.uint64), rows, columns, key)
     walking = np.flatnonzero(out >= sizes)
     while len(walking):
         out[walking] = _feistel(out[walking], rows[walking], columns[walking], key[walking])
         walking = walking[out[walking] >= sizes[walking]]
     return out.astype(np.int64)
+
+
+def _grid(size: Ints) -> tuple[Words, Words]:
+    """Rows and columns of a nearly square grid of at least `size` places."""
+    sizes = size.astype(np.uint64)
+    rows: Words = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.uint64)
+    return rows, (sizes + rows - np.uint64(1)) // rows
 
 
 def _feistel(x: Words, rows: Words, columns: Words, key: Words) -> Words:
