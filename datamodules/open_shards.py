@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datamodules.console import tell
 from datamodules.errors import DataError
-from datamodules.manifest import CLASSES, MANIFEST, UNFINISHED, Manifest
+from datamodules.manifest import CLASSES, MANIFEST, UNFINISHED, Manifest, skipped_images
 from datamodules.pack import pack
 from datamodules.remote import is_remote
 from datamodules.remote_set import expand, open_remote, short_names
@@ -49,7 +49,8 @@ def open_shards(path: str | os.PathLike[str]) -> Path:
         packed.parent.mkdir(parents=True, exist_ok=True)
         with locked(packed.with_name(f"{packed.name}.lock"), wait=True):
             if (packed / MANIFEST).is_file() and not (packed / UNFINISHED).exists():
-                tell(f"{path}: {len(source.images)} images, packed before in {packed}")
+                count = len(source.images) + len(source.skipped) - len(skipped_images(packed))
+                tell(f"{path}: {count} images, packed before in {packed}")
             else:
                 tell(f"{path}: packing {len(source.images)} images, once, into {packed} (TRIVIT_CACHE moves it)")
                 pack(path, packed)

@@ -15,15 +15,13 @@ from tqdm import tqdm
 from datamodules.captions import captions_of, read_captions
 from datamodules.console import one_line, tell
 from datamodules.errors import DataError
-from datamodules.manifest import MANIFEST, UNFINISHED, Manifest, Shard
+from datamodules.manifest import MANIFEST, SKIPPED, UNFINISHED, Manifest, Shard
 from datamodules.pack_plan import Job, Settings, default_samples_per_shard, make_entries, plan
 from datamodules.pack_shard import Packed, pack_shard
 from datamodules.shard_writer import LOCK, begin_set, finish_set, note_progress, remove_leftovers
 from datamodules.sidecars import cannot_write, locked, write_aside
 from datamodules.sources import Source, list_source
 from datamodules.workers import spread
-
-SKIPPED = "skipped.tsv"
 
 
 def pack(
@@ -92,10 +90,9 @@ def pack(
             return manifest
     except OSError as error:
         raise DataError(cannot_write(dst / "a shard", error)) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         state = "as it was before" if extend else "unfinished"
-        tell(f"interrupted: {dst} is {state}; the same command goes on from here")
-        raise
+        raise KeyboardInterrupt(f"interrupted: {dst} is {state}; the same command goes on from here") from interrupt
 
 
 def pack_jobs(dst: Path, jobs: list[Job], notes: list[dict[str, Any]], workers: int | None) -> list[Packed]:

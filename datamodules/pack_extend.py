@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from datamodules.console import tell
 from datamodules.errors import DataError
-from datamodules.manifest import CLASSES, MANIFEST, UNFINISHED, Manifest, load_manifest
-from datamodules.pack import SKIPPED, pack_jobs, report, sum_up
+from datamodules.manifest import CLASSES, MANIFEST, SKIPPED, UNFINISHED, Manifest, load_manifest
+from datamodules.pack import pack_jobs, report, sum_up
 from datamodules.pack_plan import Entry, Settings, make_entries, plan, with_hash
 from datamodules.shard_writer import LOCK, begin_set, remove_leftovers
 from datamodules.sidecars import locked, write_aside

@@ -12,7 +12,7 @@ from datamodules.bad_samples import BadSamples
 from datamodules.color_batch import change_colors
 from datamodules.errors import DataError
 from datamodules.loader import check_workers, default_workers
-from datamodules.manifest import Manifest, load_manifest
+from datamodules.manifest import SKIPPED, Manifest, load_manifest, skipped_images
 from datamodules.normalize import IMAGENET_MEAN, IMAGENET_STD, check_channels, normalize
 from datamodules.open_shards import open_shards
 from datamodules.order import Order
@@ -48,8 +48,9 @@ class ShardDataModule(LightningDataModule):
         channels: of the images; grey and colour files are converted, any other number must be that of the files.
         bits: 8, or 16: read the full precision of 16-bit files.
 
-    Attributes to set before fitting: `bad_samples_file` names the bad samples, `tokenize` makes tokens of captions, with
-    `whole_batches` a rank gets all of an optimiser step at once (the task itself cuts it into micro-batches), with
+    After `setup`, `num_skipped` is the number of images that could not be packed, so that they are not in the set.
+    Attributes to set before fitting: `bad_samples_file` names the bad samples, `tokenize` makes tokens of captions,
+    with `whole_batches` a rank gets all of an optimiser step at once (the task itself cuts it into micro-batches), with
     `allow_changes` a checkpoint of another order (data, seed, global batch, lanes or window) is taken, and `on_failure`
     lets all ranks stop together when one cannot go on.
 
@@ -82,6 +83,7 @@ class ShardDataModule(LightningDataModule):
         self.allow_changes = False
         self.on_failure: Callable[[DataError], None] | None = None
         self.bad_samples: BadSamples | None = None
+        self.num_skipped = 0
         self._order: Order | None = None
         self._manifest: Manifest | None = None
 
@@ -112,10 +114,22 @@ class ShardDataModule(LightningDataModule):
         """Read the manifest and lay out the order."""
         if self._order is None:
             self._manifest = load_manifest(open_shards(self.train))
+            self._check_skipped(self._manifest)
             self._order = Order(
                 self._manifest.counts, seed=self.seed, global_batch_size=self.global_batch_size, lanes=self.lanes,
                 window=self.window,
             )  # fmt: skip
+
+    def _check_skipped(self, manifest: Manifest) -> None:
+        """Too many images that could not be read when the set was packed are as bad as if they were met now."""
+        self.num_skipped = len(skipped_images(manifest.root))
+        total = self.num_skipped + manifest.num_samples
+        if self.num_skipped > (max(1, self.bad_sample_budget * total) if self.bad_sample_budget else 0):
+            raise DataError(
+                f"{self.num_skipped:,} of {total:,} images of {self.train} could not be read when it was packed, more "
+                f"than data.bad_sample_budget {self.bad_sample_budget:g} allows: repair or remove them, or allow more "
+                f"({manifest.root / SKIPPED} names them)"
+            )
 
     @property
     def manifest(self) -> Manifest:

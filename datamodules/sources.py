@@ -33,8 +33,8 @@ class Source:
     `root`: the folder or tar that their names begin in; `classes`: names of the class folders or labels, empty for
     unlabelled images and for labels that are numbers; `prefix`: folders above all images, which mean nothing;
     `ignored`: how many other files there are by suffix; `notes`: what the user should know.
-    Of a table: `numbers`: label of each image, -1 for none; `captions` of each; `skipped`: name and reason of what it
-    names in vain.
+    `skipped`: name and reason of links that lead nowhere, and of what a table names in vain. Of a table: `numbers`:
+    label of each image, -1 for none; `captions` of each.
     """
 
     path: Path
@@ -119,6 +119,8 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
     if not is_folder and path.suffix != ".tar":
         raise DataError(f"{path} is neither a folder nor a .tar nor a table ({', '.join(TABLES)})")
     files, notes = _in_folder(path) if is_folder else _in_tar(path)
+    skipped = [(file.name, "the link leads nowhere") for file in files if file.size < 0 and is_image(file.name)]
+    files = [file for file in files if file.size >= 0]
     suffixes = Counter(PurePosixPath(file.name).suffix.lower() or "no suffix" for file in files)
     images = sorted((file for file in files if is_image(file.name)), key=lambda image: image.name)
     ignored = Counter({suffix: n for suffix, n in suffixes.items() if suffix[1:] not in PLAIN_IMAGES})
@@ -127,6 +129,8 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
         del ignored[f".{ARRAY}"]
     if not images:
         other = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(3))
+        if skipped:
+            raise DataError(f"{path} holds no images, only links that lead nowhere (first: {skipped[0][0]})")
         found = f"only other files ({other})" if other else "it is empty"
         raise DataError(f"{path} holds no images, {found}; names of images end in {', '.join(sorted(PLAIN_IMAGES))}")
     prefix = shared_prefix([image.name for image in images])
@@ -138,7 +142,8 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
         classes = []
     if len(classes) > 1 and {name.lower() for name in classes} <= _SPLITS:
         raise DataError(f"{path} holds the splits {' and '.join(classes)}: pack each of them for itself")
-    return Source(path, path, tuple(images), tuple(classes), prefix, ignored, tuple(notes))
+    dead = tuple(sorted(skipped))
+    return Source(path, path, tuple(images), tuple(classes), prefix, ignored, tuple(notes), skipped=dead)
 
 
 def is_image(name: str, suffixes: Set[str] = PLAIN_IMAGES) -> bool:
@@ -157,7 +162,7 @@ def shared_prefix(names: Sequence[str]) -> str:
 
 
 def _in_folder(root: Path) -> tuple[list[Image], list[str]]:
-    """All files below a folder, through links as well, but through none twice."""
+    """All files below a folder, through links as well, but through none twice; a link to nothing has size -1."""
     files: list[Image] = []
     notes: list[str] = []
     seen: set[tuple[int, int]] = set()
@@ -178,7 +183,7 @@ def _in_folder(root: Path) -> tuple[list[Image], list[str]]:
                     elif entry.is_file():
                         files.append(Image(name, entry.stat().st_size))
                     elif entry.is_symlink():
-                        notes.append(f"the link {folder / entry.name} leads nowhere")
+                        files.append(Image(name, -1))
         except OSError as error:
             raise DataError(cannot_read(folder, error)) from error
     return files, notes

@@ -57,7 +57,7 @@ def verify_shard(task: ShardToVerify, tick: Tick) -> VerifiedShard:
     findings = list(index.findings)
     checked = _check_index(task, index, findings)
     keys, contents = [], []
-    unticked = 0
+    unticked = left = os.fstat(fd).st_size
     try:
         for i in range(len(index)):
             key, members = index.key(i), index.members(i)
@@ -67,13 +67,13 @@ def verify_shard(task: ShardToVerify, tick: Tick) -> VerifiedShard:
             findings += [Finding(name, key, kind, detail) for kind, detail in wrong]
             keys.append(_hash64(key.encode()))
             contents.append(_hash64(*(part for item in sorted(data.items()) for part in (item[0].encode(), item[1]))))
-            unticked += sum(map(len, data.values())) + 512 * len(data)
-            if unticked > _TICK_BYTES:
-                tick(unticked)
-                unticked = 0
+            left -= sum(512 + len(part) for part in data.values())
+            if unticked - left > _TICK_BYTES:
+                tick(unticked - left)
+                unticked = left
     finally:
         os.close(fd)
-    tick(unticked)
+    tick(unticked)  # with headers, padding and the end of the tar
     hashes = np.array(keys, np.uint64), np.array(contents, np.uint64)
     return VerifiedShard(findings, len(index), *hashes, index.extension_counts())
 

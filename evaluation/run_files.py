@@ -1,4 +1,4 @@
-"""A run as it lies on disk: config.yaml, metrics.csv, results.json, bad_samples.jsonl."""
+"""A run as it lies on disk: config.yaml, metrics.csv, results.json, bad_samples.jsonl, skipped.tsv."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from datamodules.manifest import skipped_images
 from evaluation.errors import EvaluationError
 
 Column = NDArray[np.float64]
@@ -19,7 +20,8 @@ Column = NDArray[np.float64]
 class Run:
     """What a run has written so far.
 
-    `metrics`: column -> values, one per row, NaN where a cell is empty; `bad`: the lines of bad_samples.jsonl.
+    `metrics`: column -> values, one per row, NaN where a cell is empty; `bad`: those of skipped.tsv (images that
+    could not be packed) and the lines of bad_samples.jsonl.
     """
 
     path: Path
@@ -80,7 +82,10 @@ def read_run(path: Path) -> Run:
         config=values if isinstance(values, dict) else {},
         metrics=read_metrics(path / "metrics.csv"),
         results=_read_results(path / "results.json"),
-        bad=_read_lines(path / "bad_samples.jsonl"),
+        bad=[
+            *({"shard": "not packed", "key": name, "reason": reason} for name, reason in skipped_images(path)),
+            *_read_lines(path / "bad_samples.jsonl"),
+        ],
     )
 
 

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import distributed
 
+from datamodules.manifest import SKIPPED
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, fill_in, max_steps
@@ -89,6 +90,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             return directory.path
         if trainer.is_global_zero:
             directory.write_config(yaml.safe_dump(resolved, sort_keys=False))
+            directory.keep_skipped(data.manifest.root)
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
         # Until training starts a signal ends us at once, nothing is lost by it; but SLURM must be asked to requeue.
@@ -176,6 +178,12 @@ def _lay_out(trainer: Trainer, data: ShardDataModule, stop: StopRequest) -> None
             f"{layout.micro_batch} x {layout.accumulate} accumulated",
             file=sys.stderr,
         )
+        if skipped := data.num_skipped:
+            print(
+                f"{skipped:,} of {skipped + data.manifest.num_samples:,} images of {data.train} could not be read and "
+                f"are not in it, {data.manifest.root / SKIPPED} names them",
+                file=sys.stderr,
+            )
         if findings := sum(shard.findings for shard in data.manifest.shards):
             print(
                 f"{findings} findings in the tars of {data.manifest.root}: trivit shards verify lists them",

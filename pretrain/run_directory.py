@@ -1,17 +1,20 @@
 """The folder of one run: whose it is, whether it is finished, and what may change when it goes on.
 
-config.yaml   metrics.csv   checkpoints/last.ckpt   bad_samples.jsonl   samples.jsonl   results.json   report.html
+config.yaml   metrics.csv   checkpoints/last.ckpt   bad_samples.jsonl   skipped.tsv   samples.jsonl   results.json
+report.html
 """
 
 import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
+from datamodules.manifest import SKIPPED
 from pretrain.checkpoints import read_checkpoint
 from pretrain.errors import RunError
 
@@ -104,6 +107,11 @@ class RunDirectory:
         aside = self.path / "config.yaml.part"
         aside.write_text(text)
         aside.replace(self.config)
+
+    def keep_skipped(self, root: Path) -> None:
+        """Copy the list of images that could not be packed: the set may lie in a cache, and the report names them."""
+        if (root / SKIPPED).is_file():
+            shutil.copyfile(root / SKIPPED, self.path / SKIPPED)
 
     def wandb_id(self) -> str:
         """The same for every process that trains in this folder, so that a resumed run stays one run in wandb."""

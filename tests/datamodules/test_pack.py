@@ -166,7 +166,7 @@ def test_interrupted_and_continued(folders: Path, tmp_path: Path, monkeypatch: p
     (folders / "dog" / "dog_3.JPEG").write_bytes(b"bad")
     pack(folders, tmp_path / "whole", samples_per_shard=8, workers=1)
     interrupt_after(monkeypatch, 3, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="set is unfinished; the same command goes on from here"):
         pack(folders, tmp_path / "set", samples_per_shard=8, workers=1)
     with pytest.raises(DataError, match="unfinished"):
         load_manifest(tmp_path / "set")

@@ -12,6 +12,7 @@ from datamodules.manifest import MANIFEST
 from datamodules.shard_writer import ShardWriter
 from datamodules.tar_index import Finding, read_index
 from datamodules.verify import verify, verify_command
+from datamodules.verify_shard import ShardToVerify, verify_shard
 from tests.datamodules.tar_builders import picture, write_tar
 
 
@@ -44,6 +45,12 @@ def test_a_clean_set(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_command(whole) == 0
     assert "clean" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_progress_counts_every_byte(whole: Path) -> None:
+    tar, ticks = whole / S, list[int]()
+    verify_shard(ShardToVerify(tar, None, 0), ticks.append)
+    assert sum(ticks) == tar.stat().st_size
 
 
 def test_a_clean_set_of_another_writer(tmp_path: Path) -> None:

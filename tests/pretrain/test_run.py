@@ -26,6 +26,8 @@ from datamodules.manifest import load_manifest
 from datamodules.shard_writer import ShardWriter
 from datamodules.synth import synth
 from datamodules.tar_index import read_index
+from evaluation.report_tables import bad_counts
+from evaluation.run_files import read_run
 from pretrain import pretrain as pretrain_from_python
 from pretrain.cli import main
 from pretrain.config import parse
@@ -397,6 +399,35 @@ def test_a_plain_folder_of_images_is_packed_once(
     assert yaml.safe_load((tmp_path / "a/config.yaml").read_text())["data"]["train"] == str(photos)
     assert pretrain(*small, "--data.train", photos, "--output", tmp_path / "b", "--trainer.max_steps", 3) == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_images_that_could_not_be_packed_are_told_at_every_start(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRIVIT_CACHE", str(tmp_path / "cache"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(30):
+        Image.effect_noise((40, 50), 60).convert("RGB").save(photos / f"{i}.jpg")
+    for i in range(30, 34):
+        (photos / f"{i}.jpg").write_bytes(b"no image")
+    (photos / "link.jpg").symlink_to(tmp_path / "nowhere")
+    run, steps = tmp_path / "run", ["--trainer.max_steps", "3"]
+    assert pretrain(*small, *steps, "--data.train", photos, "--output", run) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: ")]
+    assert len(lines) == 1 and "5 of 35 images" in lines[0] and "bad_sample_budget 0.01" in lines[0]
+    assert not run.exists()
+
+    steps += ["--data.bad_sample_budget", "0.2"]
+    for length in ("3", "4"):
+        more = ["--trainer.max_steps", length, "--allow_changes", "[trainer.max_steps]"]
+        assert pretrain(*small, *steps, *more, "--data.train", photos, "--output", run) == 0
+        error = capsys.readouterr().err
+        assert f"5 of 35 images of {photos} could not be read and are not in it" in error and "skipped.tsv" in error
+        assert f"{photos}: 30 images, packed before" in error
+    shutil.rmtree(tmp_path / "cache")
+    assert {entry["key"] for entry in read_run(run).bad} == {"30.jpg", "31.jpg", "32.jpg", "33.jpg", "link.jpg"}
+    assert ("the link leads nowhere", 1) in bad_counts(read_run(run))
 
 
 def test_wandb_offline_is_one_flag(
