@@ -27,6 +27,7 @@ from tasks.encoders import Encoder
 from tasks.errors import TaskError
 from tasks.open_clip_names import (
     CONFIG_FILE,
+    VOCABULARY_FILE,
     WEIGHTS_FILES,
     State,
     described,
@@ -76,7 +77,9 @@ def load_clip(source: str | Path, *, image_size: int | None = None) -> CLIP:
 
 
 def export_open_clip(clip: CLIP, folder: str | Path) -> None:
-    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads, tokenizer included.
+    """Writes a folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads.
+
+    A vocabulary other than CLIP's goes with it; open_clip needs the `transformers` package to read that.
 
     Raises:
         TaskError: open_clip has no place for what this CLIP is, or the folder cannot be written.
@@ -94,10 +97,12 @@ def export_open_clip(clip: CLIP, folder: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         told = {"model_cfg": config, "preprocess_cfg": prepared}
-        if vocabulary is not None:  # open_clip needs the transformers package for it
-            (folder / "tokenizer.json").write_text(vocabulary)
-            (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-            config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
+        if vocabulary is not None:
+            pad = clip.text.tokenizer.word(clip.text.config.pad_id)
+            (folder / VOCABULARY_FILE).write_text(vocabulary)
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
+            (folder / "tokenizer_config.json").write_text(json.dumps(about))
+            config["text_cfg"]["hf_tokenizer_name"] = VOCABULARY_FILE  # not empty: open_clip looks into the folder
         save_file({k: v.detach().contiguous() for k, v in state.items()}, folder / WEIGHTS_FILES[0], {"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(told, indent=1))
     except OSError as error:

@@ -20,6 +20,7 @@ from tasks.text_tower import TextConfig
 State = dict[str, Tensor]
 
 CONFIG_FILE = "open_clip_config.json"
+VOCABULARY_FILE = "tokenizer.json"  # beside it, where it is not CLIP's
 WEIGHTS_FILES = (  # of a folder; ours is the first
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
@@ -129,7 +130,7 @@ def described(state: State, source: Path) -> tuple[EncoderConfig, dict[str, Any]
     else:
         raise TaskError(f"{source} has no Vision Transformer of open_clip's own, and no {CONFIG_FILE} beside it")
     settings = {
-        "text": _text(state, text, quick),
+        "text": _text(state, text, quick, source),
         "joint_width": _joint_width(state),
         "loss": "sigmoid" if "logit_bias" in state else "softmax",
         "image_head": "map" if vision.get("timm_pool") == "map" else "linear",
@@ -160,15 +161,17 @@ def _native(state: State, vision: dict[str, Any], activation: Any, source: Path,
     )  # fmt: skip
 
 
-def _text(state: State, told: dict[str, Any], activation: Any) -> dict[str, Any]:
+def _text(state: State, told: dict[str, Any], activation: Any, source: Path) -> dict[str, Any]:
     bare = {name.removeprefix("text."): value for name, value in state.items() if not name.startswith("visual.")}
     vocab_size, width = bare["token_embedding.weight"].shape
     named = told.get("hf_tokenizer_name")
+    beside = source / VOCABULARY_FILE
     return {
-        "tokenizer": told.get("trivit_tokenizer") or (f"hf-hub:{named}" if named else "clip"),
+        "tokenizer": "clip" if not named else str(beside) if beside.is_file() else f"hf-hub:{named}",
         "context_length": len(bare["positional_embedding"]),
         "clean": (told.get("tokenizer_kwargs") or {}).get("clean", "whitespace" if named else "lower"),
-        "pad_id": 1 if named and told.get("pool_type") == "last" else told.get("pad_id", 0),
+        # SigLIP's tokenizers pad with the id of the end, which their configs do not say
+        "pad_id": told.get("pad_id", 1 if named and told.get("pool_type") == "last" else 0),
         "vocab_size": vocab_size, "width": width, "depth": _depth(bare, "transformer.resblocks."),
         "heads": told.get("heads", max(1, width // HEAD_WIDTH)),
         "mlp_ratio": bare["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,

@@ -15,7 +15,7 @@ from torch import Tensor
 from tasks.errors import TaskError
 
 Clean = Literal["lower", "canonicalize", "whitespace"]
-START, END = "<start_of_text>", "<end_of_text>"
+PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
 Encode = Callable[[list[str]], list[list[int]]]
 
 
@@ -61,6 +61,10 @@ class Tokenizer:
         """The id that ends every text."""
         return self._heavy.end_id
 
+    def word(self, token: int) -> str:
+        """What an id of a tokenizer.json stands for."""
+        return self._heavy.word(token)
+
     def content(self) -> str | None:
         """What a checkpoint must keep to have the same ids without the file; None for CLIP's vocabulary."""
         return None if self.vocabulary == "clip" else self.json or _read(self.vocabulary)
@@ -74,6 +78,7 @@ class _Vocabulary(NamedTuple):
     encode: Encode  # with start and end, of any length
     size: int
     end_id: int
+    word: Callable[[int], str]
 
 
 @cache
@@ -82,7 +87,11 @@ def _clip(clean: Clean) -> _Vocabulary:
 
     words = SimpleTokenizer(clean=clean)
     start, end = words.sot_token_id, words.eot_token_id
-    return _Vocabulary(lambda texts: [[start, *words.encode(text), end] for text in texts], words.vocab_size, end)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[start, *words.encode(text), end] for text in texts]
+
+    return _Vocabulary(encode, words.vocab_size, end, words.decoder.__getitem__)
 
 
 @cache
@@ -100,8 +109,11 @@ def _tokenizers(content: str, clean: Clean) -> _Vocabulary:
     empty = words.encode("").ids
     if not empty:
         raise TaskError("this tokenizer.json does not end a text with a token of its own: the text tower needs one")
-    # one by one: a batch would start threads in every loader worker
-    return _Vocabulary(lambda t: [words.encode(cleaned(text)).ids for text in t], words.get_vocab_size(), empty[-1])
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [words.encode(cleaned(text)).ids for text in texts]  # a batch would start threads in every loader worker
+
+    return _Vocabulary(encode, words.get_vocab_size(), empty[-1], words.id_to_token)
 
 
 @cache
@@ -124,13 +136,13 @@ def _read(vocabulary: str) -> str:
 def train_bpe(captions: Iterable[str], path: str | Path, vocab_size: int = 49408, clean: Clean = "lower") -> None:
     """Learns a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) from captions and writes its tokenizer.json.
 
-    Ids are ordered as CLIP's: the start of a text has the last but one and its end the largest, which is how the text
-    tower finds it. There is nothing that it could not write: unknown letters fall apart into bytes.
+    Ids are ordered as CLIP's: padding is 0, the start of a text has the last but one and its end the largest, which is
+    how the text tower finds it. There is nothing that it could not write: unknown letters fall apart into bytes.
 
     Args:
         captions: any number.
         path: where to write, ending in .json.
-        vocab_size: at most so many ids; at least the 256 bytes and start and end.
+        vocab_size: at most so many ids; at least the 256 bytes, padding, start and end.
         clean: how captions are cleaned; give the text tower the same.
 
     Raises:
@@ -141,11 +153,13 @@ def train_bpe(captions: Iterable[str], path: str | Path, vocab_size: int = 49408
     from tokenizers import models, pre_tokenizers, processors, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + 2:
-        raise TaskError(f"vocab_size {vocab_size} is too small: bytes, start and end of a text are {len(alphabet) + 2}")
+    if vocab_size < (least := len(alphabet) + 3):
+        raise TaskError(f"vocab_size {vocab_size} is too small: bytes, padding, start and end of a text are {least}")
     words: Any = HFTokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2, special_tokens=[PAD], initial_alphabet=alphabet, show_progress=False
+    )
     seen = 0
 
     def cleaned() -> Iterable[str]:
