@@ -10,19 +10,21 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from typing import NoReturn
 
 ROOMS_WITH_ERRORS = ("pretrain", "evaluation", "tasks", "datamodules")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `trivit` command and return its exit code; a user's mistake becomes one line on stderr and code 2."""
-    arguments, rest = build_parser().parse_known_args(argv)
-    if rest and not arguments.takes_rest:
-        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        arguments, rest = build_parser().parse_known_args(argv)
+        if rest and not arguments.takes_rest:
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return int(arguments.run(arguments, rest) or 0)
-    except KeyboardInterrupt:
-        print("trivit: interrupted; the same command goes on or begins anew", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "interrupted; the same command goes on or begins anew"
+        print(f"trivit: {told}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,9 +52,17 @@ def user_message(error: Exception) -> str | None:
     return None
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, not under the usage of a whole command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"trivit: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every command with its options; `pretrain` keeps its own (LightningCLI), shown by `trivit pretrain --help`."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="trivit", description="Pretrain Vision Transformers without labels, and say honestly how good they are."
     )
     parser.add_argument("--version", action="version", version=f"trivit {version('trivit')}")

@@ -2,6 +2,7 @@
 
 import errno
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,13 +32,15 @@ def test_help_imports_nothing_heavy_and_answers_in_a_second() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [[], ["nonsense"], ["shards"], ["evaluate"], ["evaluate", "x"], ["report"], ["shards", "pack", "x"],
-     ["shards", "verify", "x", "--nonsense", "1"]],
+     ["shards", "verify", "x", "--nonsense", "1"], ["pretran"], ["shards", "synth", "x", "--samples", "abc"],
+     ["evaluate", "x", "--train", "y"]],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: trivit" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("trivit: ") and lines[0].endswith("--help")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,31 @@ def test_a_wrong_path_is_one_line_and_2(arguments: list[str], capsys: pytest.Cap
     assert main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("trivit: ")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [("", "interrupted; the same command"), ("x is unfinished", "x is unfinished")]
+)
+def test_an_interruption_has_one_ending(
+    said: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt(said)
+
+    monkeypatch.setattr("datamodules.pack.pack", interrupted)
+    assert main(["shards", "pack", "a", "b"]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"trivit: {told}")
+
+
+def test_ctrl_c_while_python_imports_is_no_traceback() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "import pretrain.start\n"  # what the installed command does first
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stderr
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake() -> None:
