@@ -7,7 +7,8 @@ STAMP := .venv/.installed
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@echo "Installing into .venv, once: pip downloads about 5.5 GB of packages, which takes a while"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	touch $(STAMP)
 
 # Smaller for its test: make demo DEMO=/tmp/d DEMO_TRAIN=300 DEMO_TEST=100 DEMO_MORE="--trainer.max_steps 3 ..."
