@@ -66,6 +66,9 @@ def draw_curves(name: str, each: Sequence[Curve], order: Sequence[str]) -> str:
             axes.plot(curve.x, curve.smooth, **style)
         low, high = _limits(name, each)
         axes.set_ylim(low, high)
+        highest = max(float(curve.y.max()) for curve in each)
+        if highest > high:
+            axes.text(1, 1, f"cut: up to {highest:.3g}", transform=axes.transAxes, ha="right", va="bottom", fontsize=10)
         axes.set_xlim(left=0)
         axes.set_title(title, pad=10)
         axes.set_xlabel("optimiser step")

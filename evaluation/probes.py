@@ -49,7 +49,7 @@ def score_knn(data: ProbeData, settings: ProbeSettings) -> Result:
     )  # fmt: skip
     main = 20 if 20 in ks else ks[-1]
     protocol = {"k": main, "ks": ks, "temperature": settings.temperature, "similarity": "cosine, exact"}
-    by_k = {str(k): _percent(top(rank)) for k, rank in ranks.items()}
+    by_k = {str(k): top(rank) for k, rank in ranks.items()}
     return {**_tops(ranks[main], data.classes), "by_k": by_k, "protocol": protocol}
 
 
@@ -62,7 +62,7 @@ def score_linear(data: ProbeData, settings: ProbeSettings) -> Result:
     protocol = {
         "objective": "mean cross-entropy + strength / 2 * |W|^2 on standardised features, full batch L-BFGS",
         "strength": probe.strength,
-        "strengths_tried": {f"{s:g}": _percent(accuracy) for s, accuracy in probe.held_out.items()},
+        "strengths_tried": {f"{s:g}": accuracy for s, accuracy in probe.held_out.items()},
         "strength_grid": list(settings.strengths),
         "chosen_on": f"stratified {linear.HELD_OUT:.0%} of train (top-1), then refit on all of train",
         "stopped_at": f"gradient norm <= {linear.TOLERANCE:g}",
@@ -92,9 +92,5 @@ def check_probes(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _tops(rank: NDArray[np.int64], classes: int) -> Result:
-    five = {"top5": _percent(top(rank, 5))} if classes > 5 else {}
-    return {"top1": _percent(top(rank)), **five, "interval": interval(rank)}
-
-
-def _percent(value: float) -> float:
-    return round(value, 3)
+    five = {"top5": top(rank, 5)} if classes > 5 else {}
+    return {"top1": top(rank), **five, "interval": interval(rank)}

@@ -3,6 +3,7 @@
 Axes: t = test samples, c = classes.
 """
 
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,14 @@ def top(rank: Ints, k: int = 1) -> float:
     return 100 * float(np.mean(rank < k))
 
 
+def one_decimal(percent: float) -> str:
+    """A number for people; halves go up, 10.25 to 10.3 and 10.65 to 10.7, whatever their binary fractions are."""
+    return str(Decimal(repr(round(float(percent), 6))).quantize(Decimal("0.1"), ROUND_HALF_UP))
+
+
 def interval(rank: Ints) -> list[float]:
     """95% confidence interval of top-1 in percent, for the sampling of test images (Wilson 1927, score interval)."""
     n, p, z = len(rank), float(np.mean(rank < 1)), 1.959964
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return [round(100 * max(0.0, centre - half), 2), round(100 * min(1.0, centre + half), 2)]
+    return [round(100 * max(0.0, centre - half), 6), round(100 * min(1.0, centre + half), 6)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from datamodules.sidecars import cannot_write, write_aside
 from evaluation.curves import curves, draw_curves
 from evaluation.errors import EvaluationError
+from evaluation.ranks import one_decimal
 from evaluation.report_pictures import neighbour_section, reconstruction_section
 from evaluation.report_tables import bad_counts, differences, facts, outdated, protocols, score_table, test_set
 from evaluation.run_files import Run, read_run
@@ -63,6 +64,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         loader=PackageLoader("evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["one_decimal"] = one_decimal
     names = [run.name for run in runs]
     single = len(runs) == 1
     rebuilt = RECONSTRUCTIONS if single else RECONSTRUCTIONS_OF_SEVERAL

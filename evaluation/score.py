@@ -21,6 +21,7 @@ from evaluation.features import Features, Featurizer, extract, pick_device
 from evaluation.floors import floors as compute_floors
 from evaluation.labels import check_labelled, match_labels
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
+from evaluation.ranks import one_decimal
 from tasks.encoder_files import checkpoint_hash, load_encoder
 
 NAMES = {"knn": "kNN", "linear": "linear"}
@@ -225,7 +226,7 @@ def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
     probes = [name for name in NAMES if name in results]
 
     def cell(result: Result) -> str:
-        return f"{result['top1']:.1f}"
+        return one_decimal(result["top1"])
 
     header = [
         "top-1, %",
@@ -237,7 +238,7 @@ def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
         for floor, name in FLOOR_NAMES.items()
         if floor in results.get("floors", {})
     ]
-    rows.append(["always the largest class", *(f"{shared['majority_class']:.1f}" for _ in probes)])
+    rows.append(["always the largest class", *(one_decimal(shared["majority_class"]) for _ in probes)])
     half = max((r["interval"][1] - r["interval"][0]) / 2 for r in (results[p] for p in probes))
     counts = f"{shared['train']['images']:,} train and {shared['test']['images']:,} test images"
     bad = shared["train"]["bad"] + shared["test"]["bad"]
@@ -246,7 +247,7 @@ def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
             "",
             table(header, rows),
             "",
-            f"{counts}, {shared['classes']} classes; 95% interval about +-{half:.1f}"
+            f"{counts}, {shared['classes']} classes; 95% interval about +-{one_decimal(half)}"
             + (f"; {bad} unreadable images left out" if bad else ""),
         ]
     )
@@ -257,16 +258,16 @@ def text_summary(results: dict[str, Result]) -> str:
     lines = [""]
     if found := results.get("zeroshot"):
         protocol, half = found["protocol"], (found["interval"][1] - found["interval"][0]) / 2
-        five = f", top-5 {found['top5']:.1f}%" if "top5" in found else ""
+        five = f", top-5 {one_decimal(found['top5'])}%" if "top5" in found else ""
         lines.append(
-            f"zero-shot: top-1 {found['top1']:.1f}%{five} (chance {100 / protocol['classes']:.1f}%); "
+            f"zero-shot: top-1 {one_decimal(found['top1'])}%{five} (chance {one_decimal(100 / protocol['classes'])}%); "
             f"{protocol['test']['images']:,} test images, {protocol['classes']} classes, "
-            f"{protocol['prompts']:,} prompts; 95% interval about +-{half:.1f}"
+            f"{protocol['prompts']:,} prompts; 95% interval about +-{one_decimal(half)}"
         )
     if found := results.get("retrieval"):
         ks = list(found["image_to_text"])
         rows = [
-            [name.replace("_", " "), *(f"{found[name][k]:.1f}" for k in ks)]
+            [name.replace("_", " "), *(one_decimal(found[name][k]) for k in ks)]
             for name in ("image_to_text", "text_to_image")
         ]
         lines += [table(["retrieval, %", *ks], rows), "", f"{found['images']:,} images, {found['texts']:,} captions"]

@@ -55,6 +55,18 @@ def test_svg_takes_its_colours_from_the_page(run: Run) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_values_above_the_panel_are_told(run: Run) -> None:
+    step = np.arange(1.0, 201.0)
+    loss = 1 - step / 400
+    metrics = {"step": step, "train/loss": np.where(step == 1, 37.5, loss)}
+    assert "cut: up to 37.5" in draw_curves(
+        "train/loss", curves([replace(run, metrics=metrics)])["train/loss"], ["run"]
+    )
+    flat = {"step": step, "train/loss": loss}
+    shown = draw_curves("train/lr", curves([replace(run, metrics=flat)])["train/loss"], ["run"])
+    assert "cut: up to" not in shown
+
+
 def test_names_cannot_break_out_of_the_drawing(run: Run) -> None:
     evil = replace(run, name='"><script>x</script>')
     svg = draw_curves("train/loss", curves([evil])["train/loss"], [evil.name])

@@ -70,13 +70,27 @@ def results(top1: float, raw: float, untrained: float) -> dict[str, Any]:
     ],
 )
 def test_scores_against_their_floors(top1: float, level: str, words: tuple[str, ...]) -> None:
-    found, text = compare(results(top1, 15.1, 12.2), "knn")
+    found, text, _ = compare(results(top1, 15.1, 12.2), "knn")
     assert found == level
     assert all(word in text for word in words)
 
 
 def test_scores_without_floors() -> None:
-    assert compare({"knn": {"top1": 20.0}}, "knn") == ("unknown", "kNN: 20.0% of the test images get the right class.")
+    found = compare({"knn": {"top1": 20.0}}, "knn")
+    assert found[:2] == ("unknown", "kNN: 20.0% of the test images get the right class.")
+
+
+def test_a_floor_is_uncertain_too() -> None:
+    """A score whose interval leaves out the floor's value, but not by enough when both are estimates."""
+    found = results(17.0, 15.1, 12.2)
+    assert compare(found, "knn").level == "above"
+    found["floors"]["raw_pixels"]["knn"]["interval"] = [13.6, 16.7]
+    assert compare(found, "knn")[::2] == ("near", "kNN not clearly above raw pixels")
+    low = {key: {**value} for key, value in found.items()}
+    low["knn"] = {"top1": 13.0, "interval": [11.6, 14.5]}
+    assert compare(low, "knn").level == "near"
+    low["knn"] = {"top1": 12.5, "interval": [11.1, 14.0]}
+    assert compare(low, "knn")[::2] == ("below", "kNN below raw pixels")
 
 
 @pytest.fixture
@@ -107,3 +121,10 @@ def test_one_probe_above_is_fair(run: Run) -> None:
     mixed["linear"] = {"top1": 20.0, "interval": [18.0, 22.0]}
     mixed["floors"]["raw_pixels"]["linear"] = {"top1": 19.5}
     assert judge(replace(run, results=mixed)).tone == "fair"
+    below = results(9.0, 15.1, 8.8)
+    below["linear"] = {"top1": 30.0, "interval": [28.0, 32.0]}
+    below["floors"]["raw_pixels"]["linear"] = {"top1": 19.5}
+    verdict = judge(replace(run, results=below))
+    assert (verdict.tone, verdict.headline) == (
+        "fair", "The probes disagree: linear above the floors, kNN below raw pixels.",
+    )  # fmt: skip
