@@ -153,10 +153,12 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    export = _command(commands, "export", _export, "write the encoder of a run or checkpoint alone")
+    export = _command(commands, "export", _export, "write the encoder of a run or checkpoint alone, or a whole CLIP")
     export.add_argument("source", metavar="CHECKPOINT")
     export.add_argument("output", metavar="OUT")
-    export.add_argument("--format", choices=["safetensors"], default="safetensors")
+    export.add_argument(
+        "--format", choices=["safetensors", "open_clip"], default="safetensors", help="open_clip: a folder, both towers"
+    )
 
 
 def _synth(arguments: argparse.Namespace, _: list[str]) -> int | None:
@@ -238,9 +240,14 @@ def _report(arguments: argparse.Namespace, _: list[str]) -> int | None:
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int | None:
-    from tasks.encoder_files import load_encoder, save_encoder
+    if arguments.format == "open_clip":
+        from tasks.clip_files import export_open_clip, load_clip
 
-    save_encoder(load_encoder(arguments.source), arguments.output)
+        export_open_clip(load_clip(arguments.source), arguments.output)
+    else:
+        from tasks.encoder_files import load_encoder, save_encoder
+
+        save_encoder(load_encoder(arguments.source), arguments.output)
     print(arguments.output)
     return 0
 

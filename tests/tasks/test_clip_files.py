@@ -23,6 +23,7 @@ from tasks.clip_task import clip_groups
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
+from tasks.open_clip_names import our_names
 from tasks.text_tower import TextConfig
 from tasks.tokenizer import train_bpe
 from tests.tasks.clip_runs import TEXT, TINY, fit, pairs, tiny_task
@@ -208,3 +209,24 @@ def test_groups_are_of_parameters_with_two_axes() -> None:
     plain, decayed = (group["params"] for group in clip_groups(list(clip.parameters()), 0.1))
     assert len(plain) + len(decayed) == len(list(clip.parameters()))
     assert {tuple(p.shape) for p in plain if p.ndim > 1} == {(1, 1, 24)}
+
+
+def test_initial_weights_are_drawn_as_open_clip_draws_them() -> None:
+    torch.manual_seed(0)
+    theirs = our_names(CustomTextCLIP(64, VISION, WORDS, init_logit_bias=-10.0).state_dict())
+    encoder = EncoderConfig(arch="vit_tiny", **described_size(VISION))
+    text = TextConfig(vocab_size=50, context_length=8, width=64, depth=2, heads=1)
+    ours = CLIP(Encoder(encoder), text, 64, loss="sigmoid").state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if name != "logit_scale":  # open_clip leaves that to its configs
+            spread, ours_spread = (x.double().square().mean().sqrt() for x in (value, ours[name]))
+            assert ours_spread == pytest.approx(float(spread), rel=0.3 if value.numel() < 1000 else 0.05), name
+
+
+def described_size(vision: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "width": vision["width"], "depth": vision["layers"], "heads": vision["width"] // 64, "pre_norm": True,
+        "patch_size": vision["patch_size"], "image_size": vision["image_size"], "positions": "learned", "pool": "cls",
+        "norm_eps": 1e-5, "position_resize": "open_clip",
+    }  # fmt: skip
