@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from evaluation import knn
 from evaluation.errors import EvaluationError
 from evaluation.knn import knn_ranks, nearest
-from evaluation.ranks import interval, top
+from evaluation.ranks import interval, one_decimal, top
 
 GOLDEN = Path(os.environ.get("TRIVIT_GOLDEN", Path(__file__).parents[1] / "golden"))
 
@@ -83,3 +83,9 @@ def test_interval_holds_the_accuracy_and_narrows() -> None:
     assert interval(few)[0] < 30 < interval(few)[1]
     assert interval(few)[1] - interval(few)[0] > 5 * (interval(many)[1] - interval(many)[0])
     assert interval(np.zeros(10, dtype=np.int64))[1] == 100.0
+
+
+def test_halves_go_up_for_people_and_files_keep_every_digit() -> None:
+    shown = [one_decimal(value) for value in (10.25, 10.65, 10.35, np.float64(10.249999999999998), 0.04, 100.0)]
+    assert shown == ["10.3", "10.7", "10.4", "10.3", "0.0", "100.0"]
+    assert top(np.array([0, 1, 1], dtype=np.int64)) == 100 / 3
