@@ -1,8 +1,8 @@
 """A set of shards behind a URL, as a folder in the cache whose tars come when they are opened.
 
-The folder has the manifest and `trivit_remote.json`, which says where each tar comes from and what it must be: so many bytes,
-and the members that the manifest counted or, in a set without one, the version that the server showed at the start. Its
-name holds a hash of the URL and of all that, hence a set that was replaced is another folder.
+The folder has the manifest and `trivit_remote.json`, which says where each tar comes from and what it must be: so many
+bytes, and the members that the manifest counted or, in a set without one, the version that the server showed at the
+start. Its name holds a hash of the URL and of all that, hence a set that was replaced is another folder.
 """
 
 import contextlib

@@ -104,7 +104,7 @@ def test_the_next_window_is_there_before_it_is_needed(web, picture_set):
 
 
 def test_with_bandwidth_the_loader_does_not_wait(own_web):
-    """Shards take 0.3 s each; a step takes 0.4 s and needs a new shard every other step."""
+    """A shard and its index take 0.6 s; a step takes 0.4 s and needs a new shard every other time."""
     own_web.slow = 0.3
     data = module(own_web.url, lanes=1, window=1)
     data.global_batch_size = 5
@@ -115,7 +115,7 @@ def test_with_bandwidth_the_loader_does_not_wait(own_web):
         next(batches)
         waits.append(time.monotonic() - began)
         time.sleep(0.4)
-    assert max(waits[1:]) < 0.2
+    assert sum(waits[1:]) < 0.9  # three shards fetched only when needed: 1.8
 
 
 @pytest.mark.parametrize("fault", ["500", "403", "404", "cut", "stall", "short"])

@@ -41,6 +41,7 @@ def losses(run: Path) -> list[str]:
         return [row["train/loss"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_the_same_losses_as_from_the_folder(web, drawn, tmp_path, cache):
     class Killed(Exception):
         pass
