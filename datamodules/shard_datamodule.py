@@ -88,7 +88,11 @@ class ShardDataModule(LightningDataModule):
         self._manifest: Manifest | None = None
 
     def layout(self, world_size: int) -> Layout:
-        """Share the global batch: the fewest micro-batches that fit on a device. DataError when it is not divisible."""
+        """Share the global batch: the fewest micro-batches of one size that fit on a device.
+
+        Raises:
+            DataError: when it is not divisible, or only into micro-batches of less than half of what fits.
+        """
         b = self.global_batch_size
         if b % world_size:
             below, above = b // world_size * world_size, -(-b // world_size) * world_size
@@ -97,10 +101,18 @@ class ShardDataModule(LightningDataModule):
                 f"global_batch_size {b} cannot be divided by {world_size} ranks: the nearest that can are {nearest}"
             )
         rank_batch = b // world_size
-        accumulate = next(
-            n for n in range(1, rank_batch + 1) if rank_batch % n == 0 and rank_batch // n <= self.device_batch_size
-        )
-        return Layout(rank_batch, rank_batch // accumulate, accumulate)
+        micro_batch = _largest_part(rank_batch, self.device_batch_size)
+        if _too_small(rank_batch, self.device_batch_size):
+            fitting = [n for n in range(1, 2 * rank_batch) if not _too_small(n, self.device_batch_size)]
+            below = max(n for n in fitting if n < rank_batch) * world_size
+            above = min(n for n in fitting if n > rank_batch) * world_size
+            larger = next(n for n in range(self.device_batch_size + 1, rank_batch + 1) if rank_batch % n == 0)
+            raise DataError(
+                f"global_batch_size {b} with device_batch_size {self.device_batch_size} would be "
+                f"{rank_batch // micro_batch} micro-batches of {micro_batch}: take data.global_batch_size {below} or "
+                f"{above}, or data.device_batch_size {larger}"
+            )
+        return Layout(rank_batch, micro_batch, rank_batch // micro_batch)
 
     def batches_per_step(self, world_size: int) -> int:
         """Batches that a rank gets for an optimiser step, which is what the Trainer accumulates."""
@@ -250,6 +262,16 @@ class ShardDataModule(LightningDataModule):
             "seed": self.seed, "manifest": self.manifest.hash, "global_batch_size": self.global_batch_size,
             "lanes": self.order.lanes, "window": self.window,
         }  # fmt: skip
+
+
+def _largest_part(batch: int, most: int) -> int:
+    """Samples of a micro-batch: the largest divisor of the batch that is at most `most`."""
+    return next(batch // n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
+
+
+def _too_small(batch: int, most: int) -> bool:
+    """Whether micro-batches of this batch would leave more than half of a device unused."""
+    return batch > most and 2 * _largest_part(batch, most) < most
 
 
 def _match_batch_count(trainer: Trainer, micro_steps: int) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -171,6 +172,31 @@ def test_layout(picture_set):
         data.layout(7)
     with pytest.raises(DataError, match="divided by 100 ranks: the nearest that can are 100"):
         data.layout(100)
+
+
+@pytest.mark.parametrize(
+    ("batch", "device", "ranks", "advice"),
+    [
+        (31, 30, 1, "31 micro-batches of 1: take data.global_batch_size 30 or 32, or data.device_batch_size 31"),
+        (62, 30, 2, "31 micro-batches of 1: take data.global_batch_size 60 or 64, or data.device_batch_size 31"),
+        (74, 20, 1, "37 micro-batches of 2: take data.global_batch_size 72 or 75, or data.device_batch_size 37"),
+    ],
+)
+def test_micro_batches_that_are_too_small_are_refused(picture_set, batch, device, ranks, advice):
+    data = data_of(picture_set, global_batch_size=batch, device_batch_size=device)
+    with pytest.raises(DataError, match=f"device_batch_size {device} would be {advice}"):
+        data.layout(ranks)
+    for better in re.findall(r"global_batch_size (\d+) or (\d+)", advice)[0]:
+        layout = data_of(picture_set, global_batch_size=int(better), device_batch_size=device).layout(ranks)
+        assert 2 * layout.micro_batch >= device or layout.accumulate == 1
+    larger = int(advice.split()[-1])
+    assert data_of(picture_set, global_batch_size=batch, device_batch_size=larger).layout(ranks).micro_batch == larger
+
+
+def test_a_batch_that_fits_or_halves_is_taken(picture_set):
+    assert data_of(picture_set, global_batch_size=32, device_batch_size=30).layout(1) == Layout(32, 16, 2)
+    assert data_of(picture_set, global_batch_size=31, device_batch_size=31).layout(1) == Layout(31, 31, 1)
+    assert data_of(picture_set, global_batch_size=3, device_batch_size=256).layout(1) == Layout(3, 3, 1)
 
 
 def test_order_and_manifest_are_there_without_a_trainer(picture_set):
