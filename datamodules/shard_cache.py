@@ -22,6 +22,7 @@ from datamodules.errors import DataError, DataFailure
 from datamodules.sidecars import DISK_FULL, cache_home, cannot_write
 
 LIMIT = "TRIVIT_CACHE_SIZE"
+_NOBODY_WRITES_IT_AFTER = 3600.0
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -92,8 +93,12 @@ def touch(fd: int) -> None:
 
 
 def shrink() -> None:
-    """Evict what is beyond the limit, which may have been lowered since."""
+    """Evict what is beyond the limit, which may have been lowered since, and remove what the dead left half-written."""
     remote_cache().mkdir(parents=True, exist_ok=True)
+    for partial in remote_cache().glob("*/.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > _NOBODY_WRITES_IT_AFTER:
+                partial.unlink()
     with _held(remote_cache() / ".room.lock", wait=True, keep=True):
         _evict(_on_their_way() + sum(entry.bytes for entry in _entries()) - space())
 

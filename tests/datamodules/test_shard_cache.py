@@ -145,6 +145,15 @@ def test_nothing_is_fetched_ahead_where_others_fill_the_space(folder, monkeypatc
     assert tars(folder) == {"needed.tar", "slow.tar"}
 
 
+def test_what_nobody_has_written_for_long_is_removed(folder):
+    old, new = folder / ".manifest.json.1.aa.partial", folder / ".manifest.json.2.bb.partial"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (1, 1))
+    shard_cache.shrink()
+    assert everything(folder) == {new.name}
+
+
 def test_a_lowered_limit(folder, monkeypatch):
     for name in ("a.tar", "b.tar", "c.tar"):
         put(folder, name)
