@@ -15,10 +15,14 @@ _IMAGENET_CLASSES = 1000
 
 
 class Prompts(NamedTuple):
-    """Texts, the class of each (int64 [p]), and for the protocol which templates they were made with."""
+    """Texts, the class of each (int64 [p]), what people call each class, and how the texts were made.
+
+    `called` has the first name of each class; the classes themselves where such names would be the same.
+    """
 
     texts: list[str]
     classes: NDArray[np.int64]
+    called: tuple[str, ...]
     templates: tuple[str, ...]
     names: str
 
@@ -54,7 +58,9 @@ def make_prompts(
         names, told = [[name.replace("_", " ")] for name in classes], "as in the data set"
     chosen = _templates(templates)
     pairs = [(template.replace("{}", name), i) for i, each in enumerate(names) for name in each for template in chosen]
-    return Prompts([text for text, _ in pairs], np.array([i for _, i in pairs], np.int64), chosen, told)
+    called = tuple(each[0] for each in names)
+    called = called if len(set(called)) == len(called) else tuple(classes)
+    return Prompts([text for text, _ in pairs], np.array([i for _, i in pairs], np.int64), called, chosen, told)
 
 
 def _templates(templates: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from datamodules.sidecars import cannot_write, write_aside
+from evaluation.confusion import confusions
 from evaluation.curves import curves, draw_curves
 from evaluation.errors import EvaluationError
 from evaluation.ranks import one_decimal
@@ -80,6 +81,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         scores=score_table(runs),
         panels=[Markup(draw_curves(name, each, names)) for name, each in curves(runs).items()],
         reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],
+        confused=[(run, confusions(run)) for run in runs if "zeroshot" in run.results],
         neighbours=[neighbour_section(run, queries, cache_dir) for run in runs],
         bad=[(run, bad_counts(run), run.bad[:MOST_BAD]) for run in runs],
         differences=differences(runs),

@@ -57,7 +57,7 @@ def reconstruction_section(run: Run, count: int, test_data: str | None) -> Secti
 def neighbour_section(run: Run, count: int, cache_dir: Path | None) -> Section | None:
     """Nearest neighbours from the features that evaluation left; None before any evaluation."""
     protocol = test_set(run)
-    if protocol is None:
+    if protocol is None or "train" not in protocol:
         return None
     from evaluation.features import cached_features
     from evaluation.neighbours import draw_neighbours, neighbours

@@ -10,7 +10,7 @@ import yaml
 from evaluation.run_files import Run
 from evaluation.verdict import PROBE_NAMES
 
-FLOOR_ROWS = {"untrained": "Untrained encoder", "raw_pixels": "Raw pixels"}
+FLOOR_ROWS = {"untrained": "Untrained encoder", "raw_pixels": "Raw pixels", "chance": "Chance"}
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

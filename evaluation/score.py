@@ -147,6 +147,9 @@ def evaluate(
         for result in found.values():
             result["protocol"] = about | result["protocol"]
         results |= found
+        if "zeroshot" in found:
+            chance = {"top1": 100 / len(tested.classes), "protocol": found["zeroshot"]["protocol"]}
+            results.setdefault("floors", {})["chance"] = {"zeroshot": chance}
         told.append(text_summary(found))
     if place is not None:
         merge(place, results)
@@ -192,10 +195,12 @@ def merge(place: Path, results: dict[str, Any]) -> None:
         print(f"note: dropped {', '.join(sorted(other))}, of another checkpoint", file=sys.stderr)
         old = {name: result for name, result in old.items() if name not in other}
     tests = [test for _, test in now]
-    merged_floors = {
-        name: {probe: r for probe, r in kept.get(name, {}).items() if _about(r)[1] in tests} | floor
-        for name, floor in results.get("floors", {}).items()
+    floors = results.get("floors", {})
+    merged = {
+        name: {probe: r for probe, r in kept.get(name, {}).items() if _about(r)[1] in tests} | floors.get(name, {})
+        for name in {**kept, **floors}
     }
+    merged_floors = {name: floor for name, floor in merged.items() if floor}
     new = old | results | ({"floors": merged_floors} if merged_floors else {})
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

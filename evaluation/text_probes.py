@@ -71,7 +71,7 @@ def score_texts(
         prompts = make_prompts(images.classes, templates, class_names)
         texts = encode_texts(clip, prompts.texts)
         weights = class_weights(texts, torch.from_numpy(prompts.classes).to(device)).cpu().numpy()
-        results["zeroshot"] = zero_shot(images.x, images.label, weights, images.classes) | {
+        results["zeroshot"] = zero_shot(images.x, images.label, weights, prompts.called) | {
             "protocol": {
                 "templates": list(prompts.templates),
                 "class_names": prompts.names,

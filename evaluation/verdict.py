@@ -11,9 +11,9 @@ from evaluation.run_files import Run
 
 Health = Literal["early", "diverged", "flat", "falling", "plateau"]
 FEWEST_ROWS = 8
-FLOORS = {"raw_pixels": "raw pixels", "untrained": "the untrained encoder"}
-PROBE_NAMES = {"knn": "kNN", "linear": "Linear probe"}
-SHORT = {"knn": "kNN", "linear": "linear"}
+FLOORS = {"raw_pixels": "raw pixels", "untrained": "the untrained encoder", "chance": "chance"}
+PROBE_NAMES = {"knn": "kNN", "linear": "Linear probe", "zeroshot": "Zero-shot"}
+SHORT = {"knn": "kNN", "linear": "linear", "zeroshot": "zero-shot"}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ def zero_shot(images: Floats, label: Ints, weights: Floats, classes: Sequence[st
     """Score images [n e] against classes [c e], both of length 1: a result for results.json, in percent.
 
     {"top1", "top5" (with more than five classes), "interval" (95%, of top-1), "per_class": name -> top-1, "confusions":
-    the most frequent [true, predicted, images], "confusion" (up to 100 classes): images by true and predicted class}.
+    the most frequent [true, predicted, images], "classes" and "confusion" (up to 100 classes): images by true and
+    predicted class}.
 
     Raises EvaluationError when an image has no label.
     """
@@ -49,5 +50,5 @@ def zero_shot(images: Floats, label: Ints, weights: Floats, classes: Sequence[st
     }
     result["confusions"] = [[classes[cell // count], classes[cell % count], int(off[cell])] for cell in worst]
     if count <= _MOST_CLASSES_FOR_A_MATRIX:
-        result["confusion"] = confusion.tolist()
+        result |= {"classes": list(classes), "confusion": confusion.tolist()}
     return result

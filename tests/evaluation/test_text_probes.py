@@ -13,6 +13,7 @@ from PIL import Image
 from datamodules.shard_writer import ShardWriter
 from evaluation import evaluate
 from evaluation.errors import EvaluationError
+from evaluation.report import report
 from pretrain.cli import main
 from tasks.clip import CLIP
 from tasks.encoder_config import EncoderConfig
@@ -77,7 +78,28 @@ def test_the_command(checkpoint: Path, shards: Path, tmp_path: Path, capsys: pyt
     assert set(retrieval["image_to_text"]) == {"recall@1", "recall@5", "recall@10"}
     told = capsys.readouterr().out
     assert "zero-shot: top-1" in told and "image to text" in told and "chance 25.0%" in told
-    assert "floors" not in results
+    assert results["floors"] == {"chance": {"zeroshot": results["floors"]["chance"]["zeroshot"]}}
+    assert results["floors"]["chance"]["zeroshot"]["top1"] == 25
+
+
+def test_floors_of_earlier_probes_stay(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    for probe in ("knn", "zeroshot"):
+        evaluate(checkpoint, train=shards, test=shards, probes=(probe,), progress=False, output=tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["floors"]) == {"raw_pixels", "untrained", "chance"}
+
+
+def test_the_report_shows_zero_shot_beside_chance_and_what_is_mistaken(
+    checkpoint: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").write_bytes(checkpoint.read_bytes())
+    (run / "config.yaml").write_text("model: {class_path: tasks.clip_task.CLIPTask}\ntrainer: {max_steps: 40}\n")
+    found = evaluate(run, test=shards, probes=("zeroshot",), progress=False)["zeroshot"]
+    page = report([run]).read_text()
+    assert "Zero-shot: what is taken for what" in page and "confusion of classes" in page and ">Chance<" in page
+    assert f"Zero-shot: {found['top1']:.1f}% of the test images" in page and "above chance (25.0)" in page
 
 
 def test_own_names_and_templates(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
@@ -92,7 +114,7 @@ def test_own_names_and_templates(checkpoint: Path, shards: Path, tmp_path: Path)
 
 def test_with_other_probes(checkpoint: Path, shards: Path) -> None:
     results = evaluate(checkpoint, train=shards, test=shards, probes=("knn", "zeroshot"), progress=False, floors=False)
-    assert set(results) == {"knn", "zeroshot"} and results["knn"]["top1"] > 80
+    assert set(results) == {"knn", "zeroshot", "floors"} and results["knn"]["top1"] > 80
 
 
 def test_bad_input(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
