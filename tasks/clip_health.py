@@ -3,6 +3,8 @@
 Axes: b = pairs on this rank, m = pairs looked at, e = joint width.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,10 +35,9 @@ def clip_health(image: Tensor, text: Tensor) -> dict[str, Tensor]:
     others = torch.eye(m, dtype=torch.bool, device=image.device)
     hardest = cosines.masked_fill(others, -1).amax(dim=1).mean()
     spreads = [((x @ x.T - 1) * 4).masked_fill(others, -torch.inf).flatten().logsumexp(0) for x in (image, text)]
-    pairs = max(m * (m - 1), 1)
     return {
         "alignment": 2 - 2 * positive,
-        "uniformity": torch.stack(spreads).mean() - torch.tensor(pairs, device=image.device).log(),
+        "uniformity": torch.stack(spreads).mean() - math.log(max(m * (m - 1), 1)),
         "modality_gap": (image.mean(dim=0) - text.mean(dim=0)).norm(),
         "positive_similarity": positive,
         "hardest_negative": hardest,

@@ -128,6 +128,7 @@ class CLIPTask(PretrainTask):
         super().on_fit_start()
         if self.trainer.accumulate_grad_batches > 1:
             raise TaskError("CLIP accumulates by itself, with all negatives: set data.device_batch_size instead")
+        _ = self.model.text.tokenizer.end_id  # what cannot be read or fetched should be known before workers start
         if self._data.global_batch_size < 2:
             raise TaskError("CLIP compares the pairs of a batch: data.global_batch_size must be at least 2")
 
@@ -184,8 +185,12 @@ class CLIPTask(PretrainTask):
 
     def _cut(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Ids [b t+1] of `tokenize`, or [b t] -> [b t], and the shares of captions that are empty, cut, or unlike."""
-        tokenizer = self.model.text.tokenizer
+        tokenizer, vocab_size = self.model.text.tokenizer, self.model.text.trunk.vocab_size
         length, end = tokenizer.context_length, tokenizer.end_id
+        if (largest := int(ids.max())) >= vocab_size:
+            raise TaskError(
+                f"text.vocab_size {vocab_size} has no place for id {largest} of tokenizer {tokenizer.vocabulary}"
+            )
         cut = torch.zeros(len(ids), dtype=torch.bool)
         if ids.shape[1] > length:
             cut = (ids[:, length] == end) & (ids[:, length - 1] != end)

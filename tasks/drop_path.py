@@ -21,21 +21,17 @@ class KeyedDropPath(DropPath):  # type: ignore[misc]
     Args:
         drop_prob: share of the images for which the path is dropped.
         scale_by_keep: divide what is kept by 1 - drop_prob.
-        purpose: of the random numbers; no two paths share one.
     """
 
-    def __init__(self, drop_prob: float, scale_by_keep: bool, purpose: str) -> None:
-        super().__init__(drop_prob, scale_by_keep)
-        self.purpose = purpose
-        self.keys: Tensor | None = None
+    noise: Tensor | None = None  # [b], uniform in [0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b *] -> [b *]."""
         if not self.training or self.drop_prob == 0:
             return x
-        if self.keys is None or len(self.keys) != len(x):  # some timm models drop parts of an image, such as windows
+        if self.noise is None or len(self.noise) != len(x):  # some timm models drop parts of an image, such as windows
             return super().forward(x)  # type: ignore[no-any-return]
-        kept = (random_noise(self.keys, 1, self.purpose) >= self.drop_prob).to(x.dtype)
+        kept = (self.noise >= self.drop_prob).to(x.dtype)
         if self.scale_by_keep:
             kept = kept / (1 - self.drop_prob)
         return x * kept.view(-1, *[1] * (x.ndim - 1))  # type: ignore[no-any-return]
@@ -49,18 +45,19 @@ def use_keyed_drop_path(module: nn.Module) -> None:
         for name, child in parent.named_children()
         if isinstance(child, DropPath)
     ]
-    for i, (parent, name, child) in enumerate(found):
-        setattr(parent, name, KeyedDropPath(child.drop_prob or 0.0, child.scale_by_keep, f"drop path {i}"))
+    for parent, name, child in found:
+        setattr(parent, name, KeyedDropPath(child.drop_prob or 0.0, child.scale_by_keep))
 
 
 @contextmanager
 def drop_path_keys(module: nn.Module, keys: Tensor | None) -> Iterator[None]:
     """Within it the module's KeyedDropPaths draw by `keys`, int64 [b]; None: as timm does."""
-    paths = [part for part in module.modules() if isinstance(part, KeyedDropPath)]
-    for path in paths:
-        path.keys = keys
+    paths = [part for part in module.modules() if isinstance(part, KeyedDropPath)] if keys is not None else []
+    if keys is not None and paths:
+        for path, noise in zip(paths, random_noise(keys, len(paths), "drop path").unbind(dim=1), strict=True):
+            path.noise = noise
     try:
         yield
     finally:
         for path in paths:
-            path.keys = None
+            path.noise = None

@@ -65,19 +65,19 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
     if name.startswith("timm:"):
         return _from_timm(name.removeprefix("timm:"), image_size).eval()
     path = checkpoint_path(source)
-    content = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_checkpoint(path)
+    exported = path.suffix == ".safetensors"
+    content, metadata = read_safetensors(path) if exported else (read_checkpoint(path), {})
     if is_open_clip(content):
         from tasks.clip_files import load_clip  # which stands on this file
 
         return load_clip(source, image_size=image_size).encoder
-    if path.suffix == ".safetensors":
-        config, state = _read_export(path)
+    if exported:
+        config, state = _exported_config(metadata, path), content
+    elif isinstance(content, dict) and "trivit" in content:
+        config, state = _read_lightning(content, path)
     else:
-        if isinstance(content, dict) and "trivit" in content:
-            config, state = _read_lightning(content, path)
-        else:
-            state, author = encoder_state(content, name)
-            config = encoder_config(state, author, name, heads)
+        state, author = encoder_state(content, name)
+        config = encoder_config(state, author, name, heads)
     trained_size = config.image_size
     config = config.at(image_size or trained_size)
     encoder = Encoder(config)
@@ -166,11 +166,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise TaskError(f"cannot read {path}: {error}") from error
 
 
-def _read_export(path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    state, metadata = read_safetensors(path)
+def _exported_config(metadata: dict[str, str], path: Path) -> EncoderConfig:
     if "trivit" not in metadata:
         raise TaskError(f"{path} was not written by trivit: it does not say which encoder it holds")
-    return config_from_dict(json.loads(metadata["trivit"])["encoder"], str(path)), state
+    return config_from_dict(json.loads(metadata["trivit"])["encoder"], str(path))
 
 
 def _read_lightning(content: dict[str, Any], path: Path) -> tuple[EncoderConfig, dict[str, Tensor]]:

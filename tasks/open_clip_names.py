@@ -39,6 +39,16 @@ _VISUAL = {
 }  # fmt: skip
 _TIMM = {"trunk.attn_pool.": "image_head.", "trunk.": "encoder.trunk.", "head.proj.": "image_head."}
 _TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+# What a config may say; anything else that is not left at its default describes a tower that is not built here.
+_VISION_KEYS = {
+    "image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "ls_init_value", "no_ln_pre",
+    "pool_type", "norm_kwargs", "patch_dropout", "pos_embed_type", "timm_model_name", "timm_model_pretrained",
+    "timm_pool", "timm_proj", "timm_drop", "timm_drop_path",
+}  # fmt: skip
+_TEXT_KEYS = {
+    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id", "no_causal_mask",
+    "pool_type", "proj_bias", "norm_kwargs", "hf_tokenizer_name", "tokenizer_kwargs",
+}  # fmt: skip
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's files
 
 
@@ -118,15 +128,22 @@ def described(state: State, source: Path) -> tuple[EncoderConfig, dict[str, Any]
         "std": tuple(prepared.get("std", CLIP_STD)),
     }
     quick = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    if "hf_model_name" in text or any(name.startswith("text.transformer.embeddings") for name in state):
-        raise TaskError(f"{source} has a text tower of the transformers package, which trivit cannot build")
+    unknown = [f"vision {key}" for key, value in vision.items() if value and key not in _VISION_KEYS]
+    unknown += [f"text {key}" for key, value in text.items() if value and key not in _TEXT_KEYS]
+    unknown += [f"tokenizer {key}" for key in text.get("tokenizer_kwargs") or {} if key != "clean"]
+    unknown += [f"{key} {tower[key]}" for tower, key, known in (
+        (vision, "pool_type", ("tok", "avg")), (text, "pool_type", ("argmax", "last")),
+        (vision, "timm_pool", ("token", "avg", "map")), (vision, "timm_proj", ("linear", "none")),
+    ) if tower.get(key, known[0]) not in known]  # fmt: skip
+    if unknown or "token_embedding.weight" not in {name.removeprefix("text.") for name in state}:
+        raise TaskError(f"{source} has a tower that trivit cannot build: {', '.join(unknown) or 'of transformers'}")
     if "timm_model_name" in vision:
         encoder = EncoderConfig(
             arch=f"timm:{vision['timm_model_name']}", image_size=int(vision.get("image_size", 224)),
             pool="cls" if vision.get("timm_pool") == "token" else "mean", **statistics,
         )  # fmt: skip
     elif "visual.conv1.weight" in state and "visual.class_embedding" in state:
-        encoder = _native(state, vision, quick, source, statistics)
+        encoder = _native(state, vision, quick, statistics)
     else:
         raise TaskError(f"{source} has no Vision Transformer of open_clip's own, and no {CONFIG_FILE} beside it")
     settings = {
@@ -138,14 +155,11 @@ def described(state: State, source: Path) -> tuple[EncoderConfig, dict[str, Any]
     return encoder, settings
 
 
-def _native(state: State, vision: dict[str, Any], activation: Any, source: Path, statistics: Any) -> EncoderConfig:
+def _native(state: State, vision: dict[str, Any], activation: Any, statistics: Any) -> EncoderConfig:
     width, in_chans, patch_size, _ = state["visual.conv1.weight"].shape
     depth = _depth(state, "visual.transformer.resblocks.")
     arch = next((name for name, size in SIZES.items() if size[:2] == (width, depth)), None)
     side = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
-    unknown = [key for key in ("attentional_pool", "final_ln_after_pool", "block_type", "qk_norm") if vision.get(key)]
-    if unknown or vision.get("pool_type", "tok") not in ("tok", "avg"):
-        raise TaskError(f"{source} has an image tower that trivit cannot build ({', '.join(unknown) or 'pool_type'})")
     if "head_width" in vision or arch is None:
         heads = width // vision.get("head_width", HEAD_WIDTH)
     else:

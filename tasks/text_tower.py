@@ -111,7 +111,7 @@ class TextTower(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fills every parameter anew, as open_clip does; also after `to_empty` from the meta device."""
-        for part in reversed(list(self.trunk.modules())):  # an attention after its projection, whose bias it sets to zero
+        for part in reversed(list(self.trunk.modules())):  # an attention sets the bias of its projection to zero
             if isinstance(part, nn.MultiheadAttention):
                 part._reset_parameters()
             elif isinstance(part, nn.Linear | nn.LayerNorm):

@@ -114,6 +114,24 @@ def test_what_is_no_clip_is_refused(tmp_path: Path) -> None:
             load_clip(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"text_cfg": WORDS | {"act_kwargs": {"approximate": "tanh"}}}, "text act_kwargs"),
+        ({"text_cfg": WORDS | {"pool_type": "first"}}, "pool_type first"),
+        ({"text_cfg": WORDS | {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"strip_sep_token": True}}}, "strip_sep"),
+        ({"vision_cfg": VISION | {"final_ln_after_pool": True}}, "vision final_ln_after_pool"),
+        ({"vision_cfg": {"timm_model_name": "resnet18", "timm_pool": "abs_attn"}}, "timm_pool abs_attn"),
+    ],
+)
+def test_towers_that_are_not_built_here_are_refused(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_file(OpenCLIP(12, VISION, WORDS).state_dict(), tmp_path / "open_clip_model.safetensors")
+    config = {"embed_dim": 12, "vision_cfg": VISION, "text_cfg": WORDS, **more}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(TaskError, match=f"cannot build: .*{message}"):
+        load_clip(tmp_path)
+
+
 NATIVE = {
     "CLIP": (TINY, {}),
     "MAE's encoder": (replace(TINY, pre_norm=False, positions="sincos2d", pool="mean", norm_eps=1e-6), {}),

@@ -201,6 +201,12 @@ def test_captions_are_counted_and_cut(tmp_path: Path) -> None:
     assert last.on_before_batch_transfer({"text": last.tokenize(["a cat"]), "image": None}, 0)["text"].shape == (1, 32)
 
 
+def test_a_vocabulary_that_is_larger_than_the_tower() -> None:
+    task = tiny_task()
+    with pytest.raises(TaskError, match=r"text\.vocab_size 50 has no place for id 49407 of tokenizer clip"):
+        task.on_before_batch_transfer({"text": task.tokenize(["a cat"])}, 0)
+
+
 def test_a_vocabulary_travels_and_is_not_exchanged(tmp_path: Path) -> None:
     words = tmp_path / "words.json"
     train_bpe(["a red circle", "two blue squares"] * 9, words, vocab_size=300)
