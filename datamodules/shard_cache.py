@@ -173,7 +173,7 @@ def _on_their_way() -> int:
 
 
 def _remove_partials(path: Path) -> None:
-    for partial in path.parent.glob(f".{_literally(path.name)}.*.partial"):
+    for partial in path.parent.glob(f".{_literally(path.name)}.{'?' * 8}.partial"):
         partial.unlink(missing_ok=True)
 
 

@@ -274,5 +274,6 @@ def test_odd_names(folder):
     name = "a [1]*?.tar"
     (folder / f".{name}.deadbeef.partial").touch()
     (folder / ".a 1.tar.deadbeef.partial").touch()
+    (folder / f".{name}.b.tar.deadbeef.partial").touch()
     put(folder, name)
-    assert everything(folder) == {name, ".a 1.tar.deadbeef.partial"}
+    assert everything(folder) == {name, ".a 1.tar.deadbeef.partial", f".{name}.b.tar.deadbeef.partial"}
