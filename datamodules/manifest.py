@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -279,11 +280,17 @@ def _holds(manifest: Manifest, place: Path, tars: dict[str, os.stat_result]) -> 
         if names
     ]
     if about:
-        log.warning(
-            "%s: %s since %s was written. Their samples count as bad; if this is meant, delete %s",
-            manifest.root, " and ".join(about), MANIFEST, MANIFEST,
-        )  # fmt: skip
+        _warn_once(
+            f"{manifest.root}: {' and '.join(about)} since {MANIFEST} was written. Their samples count as bad; if this "
+            f"is meant, delete {MANIFEST}"
+        )
     elif newer:
         with contextlib.suppress(OSError):
             os.utime(place)  # the tars were only copied or touched: no need to look again
     return True
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Evaluation reads the same set for the encoder and for each floor."""
+    log.warning("%s", message)
