@@ -19,7 +19,13 @@ SMALL_DINO = [
     "--model.head.hidden_width", "32", "--model.head.bottleneck_width", "16", "--model.warmup_steps", "2",
     "--data.global_batch_size", "16", "--trainer.accelerator", "cpu", "--log_every", "1",
 ]  # fmt: skip
-OBJECTIVES = {"mae": SMALL, "dino": SMALL_DINO}
+SMALL_CLIP = [
+    "--config", "clip_tin40", "--data.recipe.crop_size", "16", "--model.encoder.patch_size", "4",
+    "--model.encoder.width", "24", "--model.encoder.depth", "2", "--model.encoder.heads", "2",
+    "--model.text.width", "16", "--model.text.depth", "1", "--model.joint_width", "16", "--model.warmup_steps", "2",
+    "--data.global_batch_size", "16", "--trainer.accelerator", "cpu", "--log_every", "1",
+]  # fmt: skip
+OBJECTIVES = {"mae": SMALL, "dino": SMALL_DINO, "clip": SMALL_CLIP}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -31,7 +37,7 @@ def start(arguments: Sequence[object], program: Sequence[str] = ("-m", "pretrain
     )
 
 
-def end(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+def end(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
     """Exit code and stderr of a run that ends by itself; the whole group is killed when it does not in time."""
     try:
         _, error = process.communicate(timeout=seconds)
@@ -50,7 +56,7 @@ def kill_after(process: subprocess.Popen[str], run: Path, step: int) -> int:
     return max(samples(run))
 
 
-def wait_for(process: subprocess.Popen[str], run: Path, step: int, seconds: float = 120) -> None:
+def wait_for(process: subprocess.Popen[str], run: Path, step: int, seconds: float = 200) -> None:
     """Wait until the run has made `step`."""
     deadline = time.monotonic() + seconds
     while max(samples(run), default=0) < step:

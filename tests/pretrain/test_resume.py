@@ -29,6 +29,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five to seven starts of the program, on a machine that others use
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_killed_runs_end_as_if_they_had_not_been(objective: str, images: Path, tmp_path: Path) -> None:
     """SIGKILL to all processes in the first and in the second epoch, and to a single loader worker in the third."""
@@ -98,7 +99,8 @@ def test_killed_while_a_checkpoint_is_written(images: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "ranks"), [("mae", (2, 1, 2)), ("dino", (1, 2, 1))])
+@pytest.mark.timeout(900)  # five to seven starts of the program, on a machine that others use
+@pytest.mark.parametrize(("objective", "ranks"), [("mae", (2, 1, 2)), ("dino", (1, 2, 1)), ("clip", (2, 1, 2))])
 def test_killed_on_two_ranks_resumed_on_one_and_back(
     objective: str, ranks: tuple[int, ...], images: Path, tmp_path: Path
 ) -> None:
@@ -128,7 +130,7 @@ def test_another_order_under_a_checkpoint_is_refused_until_the_user_allows_it(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     synth(other, samples=96, size=32, seed=4)
     change, reason = {
-        "data": (["--data.train", other], "manifest was "),
+        "data": (["--data.train", other], "other data: this run was trained on"),
         "batch": (["--data.global_batch_size", 32], "data.global_batch_size: 16 -> 32"),
         "seed": (["--seed", 7], "data.seed: 0 -> 7"),
         "lanes": (["--data.lanes", 4], "data.lanes: None -> 4"),
