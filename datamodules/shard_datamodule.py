@@ -18,6 +18,7 @@ from datamodules.open_shards import open_shards
 from datamodules.order import Order
 from datamodules.prefetch import TrainAhead
 from datamodules.recipes import Recipe
+from datamodules.remote import check_url, is_remote
 from datamodules.shard_reader import ShardReader
 from datamodules.stream import StepLoader, TrainStream
 
@@ -65,6 +66,8 @@ class ShardDataModule(LightningDataModule):
         bits: Literal[8, 16] = 8,
     ) -> None:  # fmt: skip
         super().__init__()
+        if is_remote(train):
+            check_url(train)  # first of all: later messages quote it
         for name, value in (("global_batch_size", global_batch_size), ("device_batch_size", device_batch_size)):
             if value < 1:
                 raise DataError(f"{name} {value} must be at least 1")

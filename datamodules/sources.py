@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from datamodules.errors import DataError
+from datamodules.remote import check_url, is_remote
 from datamodules.tables import TABLES
 from datamodules.tar_index import PLAIN_IMAGES, cannot_read, open_tar
 from datamodules.tar_samples import ARRAY
@@ -102,6 +103,8 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
     Raises:
         DataError: when the path does not exist or may not be read, holds no images, or holds several splits.
     """
+    if is_remote(path):
+        raise DataError(f"{check_url(os.fspath(path))} is a URL, and only files can be packed: download them first")
     path = Path(path)
     named = [f"--{kind}-column" for kind, name in (columns or {}).items() if name is not None]
     try:

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from datamodules.normalize import check_channels
+from datamodules.remote import check_url, is_remote
 from pretrain.errors import RunError
 from tasks.encoder_config import EncoderConfig
 
@@ -35,6 +36,8 @@ DERIVED = {
 
 def check(config: Namespace) -> None:
     """RunError for the first combination of keys that cannot work; nothing is built or written for it."""
+    if is_remote(config.data.train):
+        check_url(config.data.train)  # first of all: later messages quote it
     if not config.output:
         raise RunError("--output is missing: name the folder of this run, for example --output runs/first")
     steps = config.trainer.max_steps

@@ -6,10 +6,15 @@ import shutil
 import time
 
 import pytest
+from jsonargparse import Namespace
 
 from datamodules import remote
 from datamodules.errors import DataError
+from datamodules.recipes import MAERecipe
 from datamodules.remote import check_url, download, read, redact
+from datamodules.shard_datamodule import ShardDataModule
+from datamodules.sources import list_source
+from pretrain.checks import check
 from tests.datamodules.servers import web_server
 
 
@@ -40,6 +45,29 @@ def test_urls_that_are_refused_in_one_line_without_their_secret(url, message):
     with pytest.raises(DataError, match=message) as caught:
         check_url(url)
     assert "SECRET" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+SECRET_URL = "http://anna:SECRET@h.invalid/train"
+
+
+@pytest.mark.parametrize(
+    "quoting",
+    [
+        lambda: check(Namespace(output="", data=Namespace(train=SECRET_URL))),
+        lambda: ShardDataModule(SECRET_URL, MAERecipe(crop_size=32), 8, channels=4),
+        lambda: list_source(SECRET_URL),
+    ],
+    ids=["check", "datamodule", "pack"],
+)
+def test_a_secret_is_refused_before_any_message_quotes_the_url(quoting):
+    with pytest.raises(DataError, match="holds a user name or password") as caught:
+        quoting()
+    assert "SECRET" not in str(caught.value)
+
+
+def test_urls_are_not_packed():
+    with pytest.raises(DataError, match="https://h/x is a URL, and only files can be packed"):
+        list_source("https://h/x/")
 
 
 def test_redacted_text():
