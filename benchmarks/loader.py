@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
 from benchmarks import augmentations
@@ -34,10 +34,11 @@ from datamodules.loader import iterate
 from datamodules.manifest import load_manifest
 from datamodules.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
 from datamodules.order import Order
-from datamodules.recipes import DINORecipe, MAERecipe, Recipe
+from datamodules.recipes import CLIPRecipe, DINORecipe, MAERecipe, Recipe
 from datamodules.shard_reader import ShardReader
 from datamodules.shard_writer import ShardWriter
 from datamodules.stream import TrainStream
+from tasks.tokenizer import Tokenizer
 
 # inet250/images.tar and tin40/train.tar, which are for research and not part of this repository
 DATA = Path(os.environ.get("TRIVIT_BENCH_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -96,17 +97,39 @@ def _dino(only: str, full: Images, small: Images, _: Images) -> Iterator[Row]:
 def _clip(only: str, full: Images, small: Images, _: Images) -> Iterator[Row]:
     for images in (full, small):
         if only in f"CLIP loader {images.setting}":
-            ours, theirs = _in_turns(images, [MAERecipe(224, scale=(0.9, 1.0), hflip=0)], augmentations.clip(224))
-            yield Row("CLIP loader", images.setting, "images/s", ours[0], theirs, "ImageFolder + PIL + torchvision")
+            ours, theirs = _in_turns(images, [CLIPRecipe(224)], augmentations.clip(224), Tokenizer())
+            setting = f"{images.setting}, and their captions as tokens"
+            yield Row(
+                "CLIP loader", setting, "images/s", ours[0], theirs, "ImageFolder + PIL + torchvision + open_clip"
+            )
 
 
-def _in_turns(images: Images, recipes: Sequence[Recipe], augmentation: Any) -> tuple[list[float], float]:
+class _Captioned(Dataset[Any]):
+    """The usual pairs: an image and, from the file beside it, its caption through open_clip's tokenizer."""
+
+    def __init__(self, images: ImageFolder) -> None:
+        from open_clip import get_tokenizer
+
+        self.images, self.tokenizer = images, get_tokenizer("ViT-B-16")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Any:
+        caption = Path(self.images.samples[i][0]).with_suffix(".txt").read_text()
+        return self.images[i][0], self.tokenizer([caption])[0]
+
+
+def _in_turns(
+    images: Images, recipes: Sequence[Recipe], augmentation: Any, tokenize: Tokenizer | None = None
+) -> tuple[list[float], float]:
     """Median rate of each recipe and of the baseline."""
     steps = images.count // images.batch
-    usual = ImageFolder(str(images.folder), augmentation)
+    folder = ImageFolder(str(images.folder), augmentation)
+    usual: Dataset[Any] = folder if tokenize is None else _Captioned(folder)
     manifest = load_manifest(images.shards)
     order = Order(manifest.counts, seed=0, global_batch_size=images.batch)
-    streams = [TrainStream(order, ShardReader(manifest), recipe) for recipe in recipes]
+    streams = [TrainStream(order, ShardReader(manifest), recipe, tokenize=tokenize) for recipe in recipes]
     rates: list[list[float]] = [[] for _ in streams]
     baseline = []
     for turn in range(TURNS):
@@ -135,7 +158,9 @@ def _copy(tar: Path, root: Path, setting: str, resize: int | None, limit: int, b
             data = source.extractfile(member).read()  # type: ignore[union-attr]
             data = data if resize is None else _resized(data, resize)
             (images.folder / "all" / f"{i:06d}.jpg").write_bytes(data)
-            writer.write(f"{i:06d}", {"jpg": data})
+            caption = f"photograph number {i} of {limit}, found in {member.name.replace('/', ' ')}"
+            (images.folder / "all" / f"{i:06d}.txt").write_text(caption)
+            writer.write(f"{i:06d}", {"jpg": data, "txt": caption.encode()})
     return images
 
 
