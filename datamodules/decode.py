@@ -42,6 +42,7 @@ _RGB, _GREY = ImageReadMode.RGB.value, ImageReadMode.GRAY.value
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _EXIF, _START_OF_SCAN = 0xE1, 0xDA
+_MOST_MARKERS = 10_000
 _SAMPLES = 277  # the tag of TIFF
 
 
@@ -120,11 +121,18 @@ def as_asked(pixels: Pixels, channels: int, bits: int) -> Tensor:
 
 
 def read_jpeg_header(data: bytes | bytearray) -> JpegHeader | None:
-    """Size, components and whether there is an EXIF segment; None when this is not a JPEG or it ends before that."""
+    """Size, components and whether there is an EXIF segment; None when this is not a JPEG or it ends before that.
+
+    Raises:
+        BadImageError: megabytes of padding or of empty segments, which Pillow, too, would walk through for half a
+            minute.
+    """
     if data[:2] != b"\xff\xd8":
         return None
     at, exif = 2, False
-    while at + 9 < len(data) and data[at] == 0xFF:
+    for _ in range(_MOST_MARKERS):
+        if at + 9 >= len(data) or data[at] != 0xFF:
+            return None
         marker = data[at + 1]
         if marker in _FRAME_HEADERS:
             height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
@@ -134,7 +142,7 @@ def read_jpeg_header(data: bytes | bytearray) -> JpegHeader | None:
         exif = exif or marker == _EXIF
         # 0xFF may be repeated as padding
         at += 1 if marker == 0xFF else 2 if marker in _WITHOUT_LENGTH else 2 + (data[at + 2] << 8 | data[at + 3])
-    return None
+    raise BadImageError(f"over {_MOST_MARKERS} markers and bytes of padding come before the image")
 
 
 def _rgb(data: bytes | bytearray, extension: str) -> Pixels:

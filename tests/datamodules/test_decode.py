@@ -1,5 +1,6 @@
 import io
 import struct
+import time
 import warnings
 import zlib
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from datamodules.decode import BadImageError, decode_image, read_jpeg_header
+from datamodules.decode import BadImageError, any_pixels, decode_image, read_jpeg_header
 from tests.datamodules.deep_images import npy, png, tiff, tiff_pages, values
 
 
@@ -187,6 +188,16 @@ def test_jpeg_header():
     assert read_jpeg_header(encode(photograph(), "PNG")) is None
     padded = encode(photograph(), "JPEG")
     assert read_jpeg_header(padded[:2] + b"\xff\xff" + padded[2:]) == (40, 60, 3, False)
+
+
+@pytest.mark.parametrize("filler", [b"\xff", b"\xff\xd0", b"\xff\xe0\x00\x02"], ids=["padding", "bare", "empty"])
+def test_megabytes_before_a_jpegs_image_are_not_walked_through(filler):
+    data = b"\xff\xd8" + filler * 2_000_000
+    began = time.monotonic()
+    for read in (decode_image, any_pixels):
+        with pytest.raises(BadImageError, match="markers and bytes of padding"):
+            read(data, "jpg")
+    assert time.monotonic() - began < 1
 
 
 def test_sixteen_bits_keep_their_precision_in_units_of_eight():
