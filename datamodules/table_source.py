@@ -135,7 +135,7 @@ def _label(value: object) -> int | str | None:
     if isinstance(value, str):
         text = " ".join(value.split())
         return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
-    return value if isinstance(value, int) else None
+    return int(value) if isinstance(value, int) else None  # true and false are 1 and 0
 
 
 def _number(labels: list[int | str | None]) -> tuple[tuple[str, ...], list[int]]:

@@ -145,6 +145,13 @@ def test_numbers_as_labels_stay_numbers(desk: Path) -> None:
     assert (list_source(mixed).classes, list_source(mixed).labels()) == (("1", "two"), [0, 1, 0, 1, -1, -1])
 
 
+def test_true_and_false_as_labels_are_one_and_zero(desk: Path) -> None:
+    rows = [{**row, "label": label} for row, label in zip(rows_of(desk), [True, False] * 3, strict=True)]
+    for kind in ("jsonl", "parquet"):
+        table = write_table(desk / f"t.{kind}", rows)
+        assert set(read_labels(pack(table, desk / kind, workers=1).root).values()) == {0, 1}, kind
+
+
 def read_labels(root: Path) -> dict[str, int]:
     return {key: int(members["cls"]) for key, members in read(root).items() if "cls" in members}
 
