@@ -31,7 +31,8 @@ class EvaluationLoader:
     """Iterates over {"image": [b c s s], "label": int64 [b] (-1: unknown), "key": list of "SHARD/KEY"}.
 
     Images are uint8, or float32 in 0..255 where 16 bits are read. Bad samples are left out; after an iteration `bad`
-    names them. `manifest` describes the data set, and `len()` is the number of batches.
+    names them, and `lost` those of them that may be there another time (`BadSampleError.passing`). `manifest` describes
+    the data set, and `len()` is the number of batches.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class EvaluationLoader:
         self.manifest = load_manifest(root)
         self.workers, self.pin_memory = workers, pin_memory
         self.bad: list[BadSample] = []
+        self.lost: list[BadSample] = []
         count = self.manifest.num_samples
         chosen: Ints = np.arange(count, dtype=np.int64)
         if limit is not None and limit < count:
@@ -56,9 +58,10 @@ class EvaluationLoader:
         return len(self._batches.places)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.bad = []
+        self.bad, self.lost = [], []
         for batch in iterate(self._batches, range(len(self)), workers=self.workers, pin_memory=self.pin_memory):
             self.bad += batch.pop("bad")
+            self.lost += batch.pop("lost")
             if batch["key"]:
                 yield batch
         if self.bad:
@@ -123,14 +126,17 @@ class _Batches(Dataset[dict[str, Any]]):
         labels: list[int] = []
         keys: list[str] = []
         bad: list[BadSample] = []
+        lost: list[BadSample] = []
         for shard, sample in places:
             try:
                 key, image = self.reader.image(shard, sample)
                 label = self.reader.label(shard, sample)
             except BadSampleError as error:
                 bad.append(BadSample(error.shard, error.key, error.reason, 0))
+                lost += bad[-1:] if error.passing else []
                 continue
             images[len(keys)] = center_crop(resize_shorter_side(image, self.resize), self.crop_size)
             labels.append(label)
             keys.append(f"{self.reader.name(shard)}/{key}")
-        return {"image": images[: len(keys)], "label": torch.tensor(labels, dtype=torch.int64), "key": keys, "bad": bad}
+        found = {"image": images[: len(keys)], "label": torch.tensor(labels, dtype=torch.int64), "key": keys}
+        return {**found, "bad": bad, "lost": lost}

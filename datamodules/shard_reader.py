@@ -31,11 +31,14 @@ Value = TypeVar("Value")
 
 
 class BadSampleError(Exception):
-    """A sample that cannot be used: in which shard (file name), under which key, and why."""
+    """A sample that cannot be used: in which shard (file name), under which key, and why.
 
-    def __init__(self, shard: str, key: str, reason: str) -> None:
-        super().__init__(shard, key, reason)
-        self.shard, self.key, self.reason = shard, key, reason
+    `passing`: its bytes could not be had, or are not those that were packed, so that the same set may give it later.
+    """
+
+    def __init__(self, shard: str, key: str, reason: str, passing: bool = False) -> None:
+        super().__init__(shard, key, reason, passing)
+        self.shard, self.key, self.reason, self.passing = shard, key, reason, passing
 
 
 class ShardReader:
@@ -72,9 +75,10 @@ class ShardReader:
             return key, decode_image(data, extension, self.channels, self.bits)
         except BadImageError as error:
             reason = f"{extension}: {error}"
-            if member.crc32 is not None and member.crc32 != zlib.crc32(data):
+            damaged = member.crc32 is not None and member.crc32 != zlib.crc32(data)
+            if damaged:
                 reason += " (checksum differs: damaged after it was packed)"
-            raise self._bad(shard, key, reason) from error
+            raise self._bad(shard, key, reason, passing=damaged) from error
 
     def label(self, shard: int, sample: int) -> int:
         """Class index of a sample, -1 without one. BadSampleError when the label is no number of a class."""
@@ -106,7 +110,7 @@ class ShardReader:
     def _find(self, shard: int, sample: int) -> tuple[str, dict[str, Member]]:
         index = self._shard(shard, f"#{sample}").index
         if sample >= len(index):
-            raise self._bad(shard, f"#{sample}", f"the shard has only {len(index)} samples left")
+            raise self._bad(shard, f"#{sample}", f"the shard has only {len(index)} samples left", passing=True)
         return index.key(sample), index.members(sample)
 
     def _read(self, shard: int, key: str, member: Member) -> bytearray:
@@ -121,14 +125,14 @@ class ShardReader:
                 raise
             except DataError as error:  # evicted from the cache, and now it cannot be fetched again
                 self._open.pop(shard, None)
-                raise self._bad(shard, key, f"{error}") from error
+                raise self._bad(shard, key, f"{error}", passing=True) from error
             except OSError as error:  # a network file system: the file may be there again after opening it anew
                 self._open.pop(shard, None)
                 if pause is None:
-                    raise self._bad(shard, key, f"cannot be read: {error.strerror}") from error
+                    raise self._bad(shard, key, f"cannot be read: {error.strerror}", passing=True) from error
                 time.sleep(pause)
         if done < member.size:
-            raise self._bad(shard, key, f"cut off: {done} of {member.size} bytes are left")
+            raise self._bad(shard, key, f"cut off: {done} of {member.size} bytes are left", passing=True)
         return data
 
     def _shard(self, shard: int, key: str) -> "_OpenShard | _RemoteShard":
@@ -138,7 +142,7 @@ class ShardReader:
             return found
         until, why = self._lost.get(shard, (0.0, ""))
         if time.monotonic() < until:
-            raise self._bad(shard, key, why)
+            raise self._bad(shard, key, why, passing=True)
         try:
             found = self._open_shard(shard)
         except DataFailure:
@@ -146,7 +150,7 @@ class ShardReader:
         except (DataError, OSError) as error:
             # Its other samples are not made to wait as long.
             self._lost[shard] = time.monotonic() + _TRY_A_LOST_SHARD_AGAIN_AFTER, f"{error}"
-            raise self._bad(shard, key, f"{error}") from error
+            raise self._bad(shard, key, f"{error}", passing=True) from error
         while len(self._open) >= self.open_shards:
             self._open.popitem(last=False)
         self._open[shard] = found
@@ -166,8 +170,8 @@ class ShardReader:
                 time.sleep(pause)
         return kind(path)
 
-    def _bad(self, shard: int, key: str, reason: str) -> BadSampleError:
-        return BadSampleError(self.name(shard), key, reason)
+    def _bad(self, shard: int, key: str, reason: str, passing: bool = False) -> BadSampleError:
+        return BadSampleError(self.name(shard), key, reason, passing)
 
 
 def _allowed_files() -> int:

@@ -28,8 +28,10 @@ from evaluation.errors import EvaluationError
 from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import weights_hash
 
-FORMAT = 1
+FORMAT = 2
 CACHE_LIMIT_BYTES = 50 << 30
+MOST_LOST = 0.01
+"""Share of the images that may be missing for a reason that may pass; the score of fewer is of another set."""
 
 
 class Featurizer(Protocol):
@@ -87,6 +89,10 @@ def extract(
     crop of image_size, normalised with the encoder's mean and std; float32. The key is encoder weights and config +
     manifest + transform.
 
+    Images that were packed damaged are always left out. Where others are missing because they cannot be read now (a
+    shard that is lost or cut, a network that fails), the features are used once and not kept; beyond `MOST_LOST` of all
+    images there are none.
+
     Args:
         encoder: in evaluation mode; it is moved to `device`.
         root: a folder of shards.
@@ -97,7 +103,8 @@ def extract(
         progress: show a bar (on a terminal).
 
     Raises:
-        EvaluationError: no image could be read, a feature is not finite, or the cache cannot be written.
+        EvaluationError: no image could be read, too many are lost for now, a feature is not finite, or the cache cannot
+            be written.
         DataError: `root` is no data set.
     """
     config = encoder.config
@@ -112,8 +119,10 @@ def extract(
     if not (place / "about.json").exists():
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir) as aside:
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir, ignore_cleanup_errors=True) as aside:
                 _compute(encoder, loader, Path(aside) / "new", device, progress)
+                if loader.lost:
+                    return _open(Path(aside) / "new", manifest)  # mapped, so that it outlives its name
                 with contextlib.suppress(OSError):  # another process was faster
                     (Path(aside) / "new").rename(place)
         except OSError as error:
@@ -163,6 +172,13 @@ def _compute(encoder: Any, loader: Any, place: Path, device: str, progress: bool
             bar.update(len(x))
     if not done:
         raise EvaluationError(f"no image under {loader.manifest.root} could be read: try trivit shards verify")
+    if len(loader.lost) > MOST_LOST * total:
+        first = loader.lost[0]
+        raise EvaluationError(
+            f"{len(loader.lost)} of {total} images of {loader.manifest.name} cannot be read now (first: {first.shard}, "
+            f"{first.key}: {first.reason}), and a score without them would be of another set: run the same command "
+            f"again, or see `trivit shards verify {loader.manifest.name}`"
+        )
     np.save(place / "label.npy", np.concatenate(label))
     (place / "keys.json").write_text(json.dumps(keys, ensure_ascii=False))
     about = {"images": done, "width": encoder.feature_width, "bad": len(loader.bad)}

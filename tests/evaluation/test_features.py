@@ -78,6 +78,31 @@ def test_bad_images_are_left_out_and_counted(tmp_path: Path, cache: Path, encode
     assert found.key[0].endswith("00003")
 
 
+def test_features_without_images_that_were_lost_are_used_once(
+    tmp_path: Path, cache: Path, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, encoder = write_images(tmp_path / "data", 60), load_encoder(encoder_file)
+    whole = (data / "shard-000001.tar").read_bytes()
+    (data / "shard-000001.tar").write_bytes(whole[:-14_000])
+    with pytest.raises(EvaluationError, match=r"\d+ of 60 images of .* cannot be read now \(first: shard-000001.tar"):
+        take(encoder, data)
+    monkeypatch.setattr(features_module, "MOST_LOST", 0.5)
+    found = take(encoder, data)
+    assert found.bad == 60 - len(found) > 0 and np.isfinite(found.x).all()
+    assert list((cache / "features").iterdir()) == []
+    (data / "shard-000001.tar").write_bytes(whole)
+    assert len(take(encoder, data)) == 60
+
+
+def test_features_without_images_that_were_packed_damaged_are_kept(
+    tmp_path: Path, cache: Path, encoder_file: Path
+) -> None:
+    encoder, data = load_encoder(encoder_file), write_images(tmp_path / "data", 20, bad=3)
+    take(encoder, data)
+    kept = cached_features(encoder, load_manifest(data))
+    assert kept is not None and kept.bad == 3
+
+
 def test_nothing_readable_is_one_clear_line(tmp_path: Path, cache: Path, encoder_file: Path) -> None:
     with pytest.raises(EvaluationError, match=r"no image under .* could be read"):
         take(load_encoder(encoder_file), write_images(tmp_path / "data", 4, bad=4))
