@@ -1,7 +1,7 @@
 """The LightningDataModule of every objective: shards to normalised batches, and the state to resume from."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -52,8 +52,9 @@ class ShardDataModule(LightningDataModule):
     After `setup`, `num_skipped` is the number of images that could not be packed, so that they are not in the set.
     Attributes to set before fitting: `bad_samples_file` names the bad samples, `tokenize` makes tokens of captions,
     with `whole_batches` a rank gets all of an optimiser step at once (the task itself cuts it into micro-batches), with
-    `allow_changes` a checkpoint of another order (data, seed, global batch, lanes or window) is taken, and `on_failure`
-    lets all ranks stop together when one cannot go on.
+    `allow_changes` a checkpoint of another order is taken where it names what differs (`data.train`, `data.seed`,
+    `data.global_batch_size`, `data.lanes`, `data.window`, or `data` for all), and `on_failure` lets all ranks stop
+    together when one cannot go on.
 
     Raises:
         DataError: here or in `setup`, for numbers that do not fit each other, the data or the Trainer.
@@ -83,7 +84,7 @@ class ShardDataModule(LightningDataModule):
         self.bad_samples_file: Path | None = None
         self.tokenize: Callable[[list[str]], torch.Tensor] | None = None
         self.whole_batches = False
-        self.allow_changes = False
+        self.allow_changes: Collection[str] = ()
         self.on_failure: Callable[[DataError], None] | None = None
         self.bad_samples: BadSamples | None = None
         self.num_skipped = 0
@@ -241,16 +242,20 @@ class ShardDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with another order than the checkpoint's. DataError names what differs."""
         now = self._settings()
-        differ = [name for name in now if state_dict.get(name) != now[name]]
-        if differ and not self.allow_changes:
+        differ = [name for name in now if state_dict.get(name) != now[name] and not self._may_change(name)]
+        if differ:
             changes = [f"data.{n} was {state_dict.get(n)}, now it is {now[n]}" for n in differ if n != "manifest"]
             if "manifest" in differ:
                 changes.insert(0, self._other_data(state_dict.get("train"), state_dict.get("samples")))
-            options = ",".join("data.train" if name == "manifest" else f"data.{name}" for name in differ)
+            options = ",".join(_option(name) for name in differ)
             raise DataError(
                 f"{'; '.join(changes)}. Begin a new run in another --output, go back to what it was, or go on with "
                 f"what is new by --allow_changes '[{options}]'"
             )
+
+    def _may_change(self, name: str) -> bool:
+        follows = name == "lanes" and self.lanes is None and "data.global_batch_size" in self.allow_changes
+        return follows or "data" in self.allow_changes or _option(name) in self.allow_changes
 
     def _other_data(self, train: str | None, samples: int | None) -> str:
         now = f"{self.manifest.num_samples:,} images"
@@ -265,6 +270,11 @@ class ShardDataModule(LightningDataModule):
             "seed": self.seed, "manifest": self.manifest.hash, "global_batch_size": self.global_batch_size,
             "lanes": self.order.lanes, "window": self.window,
         }  # fmt: skip
+
+
+def _option(setting: str) -> str:
+    """The key of the config behind a setting that the order depends on."""
+    return "data.train" if setting == "manifest" else f"data.{setting}"
 
 
 def _largest_part(batch: int, most: int) -> int:

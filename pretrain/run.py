@@ -81,7 +81,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         if directory.config.exists():
             directory.check_same_run(resolved, config.allow_changes)
         saved = directory.checkpoint()
-        data.allow_changes = any(key.split(".")[0] == "data" for key in config.allow_changes)
+        data.allow_changes = config.allow_changes
         if saved is not None:
             data.load_state_dict(saved[type(data).__name__])  # refuses other data before anything is said or written
         done = None if saved is None else int(saved["global_step"])

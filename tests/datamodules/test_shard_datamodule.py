@@ -130,7 +130,11 @@ def test_another_order_under_a_checkpoint_is_refused(picture_set, tmp_path, opti
     with pytest.raises(DataError, match=rf"{message}.*--allow_changes '\[data\.\w+(,data\.\w+)*\]'"):
         fit(data_of(picture_set, **options), 3, ckpt_path=tmp_path / "a.ckpt")
     data = data_of(picture_set, **options)
-    data.allow_changes = True
+    data.allow_changes = ["data.recipe", "data.window"]
+    with pytest.raises(DataError, match=message.split(";")[0]):
+        fit(data, 3, ckpt_path=tmp_path / "a.ckpt")
+    data = data_of(picture_set, **options)
+    data.allow_changes = [f"data.{name}" for name in options]
     notes, _ = fit(data, 3, ckpt_path=tmp_path / "a.ckpt")
     assert {note[2] for note in notes} == {2}
 

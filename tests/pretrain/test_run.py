@@ -156,6 +156,9 @@ def test_other_data_is_refused_in_plain_words(
     words = f"other data: this run was trained on {data} (96 images), now it is {other} (40 images)"
     assert len(lines) == 1 and words in lines[0] and "--allow_changes '[data.train]'" in lines[0]
     assert "finished" not in said.out
+    another = [*more[:-1], "[trainer.max_steps,data.recipe.hflip]", "--data.recipe.hflip", "0"]
+    assert pretrain(*small, *another, "--data.train", other) == 2  # a change of something else does not let it in
+    assert words in capsys.readouterr().err
 
     shutil.rmtree(data)
     shutil.copytree(other, data)
