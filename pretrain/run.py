@@ -32,6 +32,7 @@ from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
 from pretrain.progress import Progress
 from pretrain.run_directory import RunDirectory, launched_rank
+from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
 from tasks.task import PretrainTask
 
@@ -127,7 +128,7 @@ def _trainer(
     progress = Progress(metrics)
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
     callbacks = [
-        guard, metrics, progress, *([KeyLog(directory.samples, stop)] if config.log_keys else []),
+        SameData(stop), guard, metrics, progress, *([KeyLog(directory.samples, stop)] if config.log_keys else []),
         Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
     ]  # fmt: skip
     own: dict[str, Any] = {

@@ -29,12 +29,15 @@ OBJECTIVES = {"mae": SMALL, "dino": SMALL_DINO, "clip": SMALL_CLIP}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def start(arguments: Sequence[object], program: Sequence[str] = ("-m", "pretrain.cli")) -> subprocess.Popen[str]:
+def start(
+    arguments: Sequence[object], program: Sequence[str] = ("-m", "pretrain.cli"), **environment: str
+) -> subprocess.Popen[str]:
     """`trivit pretrain ARGUMENTS` as the leader of a process group of its own."""
     command = [sys.executable, *program, "pretrain", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, env=ENVIRONMENT
-    )
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=ENVIRONMENT | environment,
+    )  # fmt: skip
 
 
 def end(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:

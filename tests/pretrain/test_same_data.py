@@ -1,0 +1,64 @@
+"""Ranks whose data differ all end before training, with one line."""
+
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from datamodules.synth import synth
+from pretrain.errors import AgreedFailure
+from pretrain.same_data import SameData
+from pretrain.stop import StopRequest
+from tests.pretrain.processes import SMALL, end, start
+
+SETTINGS = {"manifest": "a", "seed": 0, "global_batch_size": 16, "lanes": 16, "window": 4, "max_steps": 8}
+PLACE = {"train": "/data", "samples": 96, "step": 0, "host": "node0"}
+
+
+@pytest.mark.slow
+def test_ranks_with_other_data_do_not_train(drawn: Path, tmp_path: Path) -> None:
+    other, run = tmp_path / "other", tmp_path / "run"
+    synth(other, samples=40, size=32, seed=4)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    several = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_steps", -1, "--epochs", 2]
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    ranks = [
+        start([*SMALL, *several, "--output", run, "--data.train", folder], RANK=rank, LOCAL_RANK=rank, **places)
+        for rank, folder in (("0", drawn), ("1", other))
+    ]
+    (code, error), (other_code, other_error) = (end(rank, 90) for rank in ranks)
+    assert code == other_code == 2, (error, other_error)
+    assert "Traceback" not in error + other_error
+    (line,) = [line for line in (error + other_error).splitlines() if line.startswith("trivit: ")]
+    assert f"it has other data, {other} (40 images) instead of {drawn} (96 images)" in line
+    assert "rank 1 on " in line and "its trainer.max_steps is 4 instead of 12" in line and "seed" not in line
+    assert not (run / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("changed", [key for key in SETTINGS if key != "manifest"])
+def test_each_setting_is_compared(changed: str) -> None:
+    with pytest.raises(AgreedFailure, match=rf"rank 2 on node2 .* its \w+\.{changed} is 7 instead of") as caught:
+        meet({}, {}, {changed: 7, "host": "node2"})
+    assert caught.value.exit_code == 2 and "other data" not in str(caught.value)
+
+
+def test_other_files_of_the_same_name_are_other_data() -> None:
+    with pytest.raises(AgreedFailure, match=r"other data, /data \(96 images\) instead of /data \(96 images\)"):
+        meet({}, {"manifest": "b"})
+
+
+def test_a_copy_in_another_folder_is_the_same_data() -> None:
+    meet({}, {"train": "/local/data", "host": "node1"})
+    meet({})
+
+
+def meet(*ranks: dict[str, Any]) -> None:
+    """The ranks, of whom this process is the first one, come together; each has some settings of its own."""
+    stop = StopRequest()
+    stop.gather = lambda value: [value, *({**value, **other} for other in ranks[1:])]  # type: ignore[method-assign]
+    data = SimpleNamespace(state_dict=lambda: {**PLACE, **SETTINGS, **ranks[0]})
+    trainer: Any = SimpleNamespace(datamodule=data, max_steps=SETTINGS["max_steps"])
+    SameData(stop).setup(trainer, None, "fit")  # type: ignore[arg-type]
