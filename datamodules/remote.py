@@ -36,6 +36,10 @@ class NotThereError(DataError):
     """The server has no such file."""
 
 
+class ForbiddenError(DataError):
+    """The server does not give this file to anyone like us (403)."""
+
+
 class About(NamedTuple):
     """Bytes of a remote file, None when the server does not say, and what changes when it is replaced."""
 
@@ -175,6 +179,8 @@ def _try(url: str, pauses: Sequence[float], action: Callable[[Any], Value]) -> V
             if status == 404:
                 raise NotThereError(f"{url} does not exist (404)") from None
             why, passes = _explain(error, status)
+            if status == 403:
+                raise ForbiddenError(f"{url}: {why}") from None
             if not passes or tries == len(pauses):
                 often = f", {tries + 1} times" if tries else ""
                 raise DataError(f"{url}: {why}{often}") from None

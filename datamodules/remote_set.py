@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from datamodules.console import tell
 from datamodules.errors import DataError, DataFailure
 from datamodules.manifest import CLASSES, MANIFEST, REMOTE, Manifest, Shard, describe_shard
 from datamodules.sidecars import cannot_write, locked, write_aside
-from datamodules.tar_index import INDEX_SUFFIX, ShardIndex, scan_tar
+from datamodules.tar_index import INDEX_SUFFIX, ShardIndex, read_index, scan_tar
 
 _REQUESTS_AT_ONCE = 16
 _TRY_A_LOST_SHARD_AGAIN_AFTER = (10.0, 300.0)
@@ -114,6 +115,9 @@ def short_names(tars: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):
         above = len(_common_folder(tars)) + 1
         names = [tar[above:].replace("/", "__") for tar in tars]
+    if len(set(names)) < len(set(tars)):  # `a__b/c.tar` and `a/b__c.tar`
+        digests = [hashlib.sha256(os.fsencode(tar)).hexdigest()[:12] for tar in tars]
+        names = [f"{name.removesuffix('.tar')}-{digest}.tar" for name, digest in zip(names, digests, strict=True)]
     return names
 
 
@@ -166,18 +170,38 @@ def _open_without_manifest(url: str, folder: str, origins: dict[str, Origin]) ->
 def _indexed(path: Path, origin: Origin) -> tuple[Shard, Counter[str]]:
     index = _index_beside(origin, path)
     if index is None:
-        fetch(path)
-        index = ShardIndex.from_bytes(str(path), _index_path(path).read_bytes())
+        index = _fetched_index(path, origin)
     return describe_shard(index), index.extension_counts()
 
 
+def _fetched_index(path: Path, origin: Origin) -> ShardIndex:
+    """The index of a tar that is fetched if need be; other threads may evict both at any time."""
+    while True:
+        filled: list[bytes] = []
+
+        def fill(aside: Path, filled: list[bytes] = filled) -> None:
+            filled.append(_fill(path, origin, aside))
+
+        shard_cache.cached(path, origin.bytes or 0, fill)
+        if filled:
+            return ShardIndex.from_bytes(str(path), filled[0])
+        try:
+            return read_index(path)
+        except DataError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+
+
 def _classes(folder: str) -> tuple[str, ...]:
-    """Names of the classes, from `classes.txt` or the manifest of the whole folder."""
-    with contextlib.suppress(remote.NotThereError):
+    """Names of the classes, from `classes.txt` or the manifest of the whole folder.
+
+    S3 answers 403 for a file that is not there, unless the folder may be listed.
+    """
+    with contextlib.suppress(remote.NotThereError, remote.ForbiddenError):
         return tuple(remote.read(f"{folder}/{CLASSES}", remote.IMPATIENT).decode("utf-8", "replace").splitlines())
     try:
         return Manifest.from_bytes(Path(), remote.read(f"{folder}/{MANIFEST}", remote.IMPATIENT)).classes
-    except remote.NotThereError:
+    except (remote.NotThereError, remote.ForbiddenError):
         return ()
     except DataError:
         raise
@@ -224,20 +248,24 @@ def _origins(path: Path) -> dict[str, Origin]:
     return {name: Origin(**origin) for name, origin in json.loads(path.read_bytes())["shards"].items()}
 
 
-def _fill(path: Path, origin: Origin, aside: Path) -> None:
-    """Fetch a tar to `aside` and its index to its place; what fails is noted for those who wait for the same shard."""
+def _fill(path: Path, origin: Origin, aside: Path) -> bytes:
+    """Fetch a tar to `aside` and its index to its place; what fails is noted for those who wait for the same shard.
+
+    Returns the index.
+    """
     note = path.with_name(f".{path.name}.lost")
     if lost := _read_note(note):
         raise DataError(lost)
     began = time.monotonic()
     try:
-        _download(path, origin, aside)
+        index = _download(path, origin, aside)
     except DataError as error:
         shortest, longest = _TRY_A_LOST_SHARD_AGAIN_AFTER
         pause = min(max(10 * (time.monotonic() - began), shortest), longest)
         write_aside(note, json.dumps({"until": time.time() + pause, "why": str(error)}).encode())
         raise
     note.unlink(missing_ok=True)
+    return index
 
 
 def _read_note(note: Path) -> str:
@@ -249,7 +277,7 @@ def _read_note(note: Path) -> str:
     return ""
 
 
-def _download(path: Path, origin: Origin, aside: Path) -> None:
+def _download(path: Path, origin: Origin, aside: Path) -> bytes:
     if origin.version and (now := _origin(origin.url)) != origin:
         raise DataError(f"{origin.url} was replaced on the server ({now.bytes} bytes): start again to take the new set")
     remote.download(origin.url, aside, origin.bytes, remote.PATIENT)
@@ -262,7 +290,9 @@ def _download(path: Path, origin: Origin, aside: Path) -> None:
     beside = _index_beside(origin, path)  # it has checksums
     if beside is not None and beside.same_members(index):
         index = beside
-    write_aside(_index_path(path), index.to_bytes())
+    data = index.to_bytes()
+    write_aside(_index_path(path), data)
+    return data
 
 
 def _index_beside(origin: Origin, path: Path) -> ShardIndex | None:

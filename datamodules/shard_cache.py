@@ -61,7 +61,7 @@ def space() -> int:
     return (disk.f_bavail * disk.f_frsize + sum(entry.bytes for entry in _entries())) // 2
 
 
-def cached(path: Path, size: int, fill: Callable[[Path], None], *, wait: bool = True) -> bool:
+def cached(path: Path, size: int, fill: Callable[[Path], object], *, wait: bool = True) -> bool:
     """Have the tar at `path`, by `fill(aside)` if it is not there; only one process of the node fills at a time.
 
     Args:
@@ -103,7 +103,7 @@ def shrink() -> None:
         _evict(_on_their_way() + sum(entry.bytes for entry in _entries()) - space())
 
 
-def _fill(path: Path, size: int, fill: Callable[[Path], None], lock: int, needed: bool) -> bool:
+def _fill(path: Path, size: int, fill: Callable[[Path], object], lock: int, needed: bool) -> bool:
     _remove_partials(path)  # we hold the lock, so nobody is writing them
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     if not _make_room(size, lock, needed):

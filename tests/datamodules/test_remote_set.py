@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import remote, remote_set
+from datamodules import remote, remote_set, shard_cache
 from datamodules.errors import DataError, DataFailure
 from datamodules.inspect_shards import inspect_command
 from datamodules.manifest import load_manifest
@@ -112,11 +112,39 @@ def test_tars_in_braces(own_web, own_pictures, indexed):
         open_shards(f"{own_web.url}/shard-{{000000..000004}}.tar")
 
 
+def test_optional_files_that_are_forbidden_are_absent(own_web, own_pictures):
+    for name in ("manifest.json", "classes.txt"):
+        own_web.faults[f"/{name}"] = ("403", None)
+    root = open_shards(f"{own_web.url}/shard-{{000000..000003}}.tar")
+    assert load_manifest(root).classes == () and read_all(root) == KEYS[:40]
+    with pytest.raises(DataError, match=r"manifest.json: may not be read \(403\)"):
+        open_shards(own_web.url)
+
+
+def test_tars_evicted_while_they_are_indexed(own_web, own_pictures, monkeypatch):
+    for index in own_pictures.glob("*.idx"):
+        index.unlink()
+    real = shard_cache.cached
+
+    def evicted_at_once(path, *arguments, **options):
+        there = real(path, *arguments, **options)
+        path.unlink()
+        path.with_name(f"{path.name}.idx").unlink(missing_ok=True)
+        return there
+
+    monkeypatch.setattr(shard_cache, "cached", evicted_at_once)
+    root = open_shards(f"{own_web.url}/shard-{{000000..000003}}.tar")
+    monkeypatch.undo()
+    assert load_manifest(root).num_samples == 40
+
+
 def test_brace_notation():
     assert expand("x-{08..11}.tar") == ["x-08.tar", "x-09.tar", "x-10.tar", "x-11.tar"]
     assert expand("{a,b}/{0..4..2}.tar") == [f"{f}/{i}.tar" for f in "ab" for i in (0, 2, 4)]
     assert short_names(["http://h/a/0.tar", "http://h/a/1%20b.tar"]) == ["0.tar", "1 b.tar"]
     assert short_names(["http://h/a/0.tar", "http://h/b/0.tar"]) == ["a__0.tar", "b__0.tar"]
+    clashing = ["/d/a__b/c.tar", "/d/a/b__c.tar", "/d/x/c.tar", "/d/y/c.tar", "/d/z/b__c.tar"]
+    assert len(set(short_names(clashing))) == 5 and all(name.endswith(".tar") for name in short_names(clashing))
     for pattern, message in (("x-{0..3.tar", "a brace is not closed"), ("x-{0..3}", "x-0 is no .tar")):
         with pytest.raises(DataError, match=message):
             expand(pattern)
