@@ -181,8 +181,9 @@ class ShardDataModule(LightningDataModule):
             raise DataError("the length of the run is unknown: set trainer.max_steps (optimiser steps)")
         _match_batch_count(trainer, trainer.global_step * batches)
         self.bad_samples = BadSamples(
-            self.bad_samples_file, self.bad_sample_budget, self.manifest.num_samples, self.manifest.name
-        )
+            self.bad_samples_file, self.bad_sample_budget, self.manifest.num_samples, self.manifest.name,
+            trainer.global_rank,
+        )  # fmt: skip
         return StepLoader(
             self.stream(trainer.world_size, trainer.global_rank), start=trainer.global_step * batches,
             stop=trainer.max_steps * batches, workers=self.num_workers,

@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from datamodules.bad_samples import account_files
 from datamodules.manifest import skipped_images
 from evaluation.errors import EvaluationError
 
@@ -84,7 +85,7 @@ def read_run(path: Path) -> Run:
         results=_read_results(path / "results.json"),
         bad=[
             *({"shard": "not packed", "key": name, "reason": reason} for name, reason in skipped_images(path)),
-            *_read_lines(path / "bad_samples.jsonl"),
+            *_bad_samples(path / "bad_samples.jsonl"),
         ],
     )
 
@@ -121,6 +122,15 @@ def _read_results(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict):
         raise EvaluationError(f"{path} is not a JSON object: move it away and evaluate again")
     return results
+
+
+def _bad_samples(path: Path) -> list[dict[str, Any]]:
+    """Of all ranks; two of them may have met the same one at the same time."""
+    named: dict[str, dict[str, Any]] = {}
+    for file in account_files(path):
+        for entry in _read_lines(file):
+            named.setdefault(f"{entry.get('shard')}/{entry.get('key')}", entry)
+    return list(named.values())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

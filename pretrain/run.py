@@ -221,7 +221,7 @@ def _another_rank_is_gone(error: RuntimeError) -> bool:
 def _say_how_it_ended(trainer: Trainer, stop: StopRequest, directory: RunDirectory, data: ShardDataModule) -> None:
     step, total = trainer.global_step, trainer.max_steps
     if trainer.is_global_zero and data.bad_samples is not None and (bad := data.bad_samples.count):
-        print(f"{bad} bad samples were replaced, {directory.bad_samples} names them", file=sys.stderr)
+        print(f"{bad} bad samples were replaced, {data.bad_samples.where} names them", file=sys.stderr)
     if step < total and stop.agreed is None:
         raise RunError(f"a callback ended the run at step {step} of {total}; it goes on from the last checkpoint")
     if step < total:

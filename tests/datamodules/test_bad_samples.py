@@ -26,15 +26,16 @@ def test_each_is_named_once(tmp_path):
     assert account.count == 3
 
 
-def test_another_start_and_other_ranks_go_on_with_the_same_file(tmp_path):
+def test_another_start_and_other_ranks_know_what_was_named(tmp_path):
     path = tmp_path / "bad.jsonl"
-    first, second = (BadSamples(path, 0.5, 100, tmp_path) for _ in range(2))
+    first, second = (BadSamples(path, 0.5, 100, tmp_path, rank=rank) for rank in range(2))
     first.add(bad(1, 2), 10)
     second.add(bad(2, 3), 10)
     assert second.count == 3
     first.add(bad(3), 10)
     assert BadSamples(path, 0.5, 100, tmp_path).count == first.count == 3
-    assert [entry["key"] for entry in lines(path)] == ["1", "2", "3"]
+    assert [entry["key"] for entry in lines(path)] == ["1", "2"]
+    assert [entry["key"] for entry in lines(tmp_path / "bad.rank1.jsonl")] == ["3"]
 
 
 def test_a_line_cut_by_a_crash_is_passed_over(tmp_path):
@@ -66,7 +67,7 @@ def test_no_budget_at_all(tmp_path):
 
 
 def add_many(path: Path, start: int) -> None:
-    account = BadSamples(path, 1.0, 10_000, path.parent)
+    account = BadSamples(path, 1.0, 10_000, path.parent, rank=start // 1000)
     for n in range(start, start + 60):
         account.add(bad(n), 10)
 
@@ -78,4 +79,9 @@ def test_lines_of_several_processes_stay_whole(tmp_path):
         process.start()
     for process in processes:
         process.join()
-    assert len({entry["key"] for entry in lines(path)}) == len(lines(path)) == 180
+    files = [path, tmp_path / "bad.rank1.jsonl", tmp_path / "bad.rank2.jsonl"]
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    for start, file in enumerate(files):  # no rank writes into another one's file: NFS would lose lines
+        assert [entry["key"] for entry in lines(file)] == [f"{1000 * start + n}" for n in range(60)]
+    account = BadSamples(path, 1.0, 10_000, path.parent)
+    assert account.count == 180 and account.where == f"{tmp_path}/bad*.jsonl"

@@ -11,13 +11,19 @@ from tests.evaluation.conftest import make_run
 def test_a_run_is_read_back(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", train=tmp_path / "data")
     (folder / "bad_samples.jsonl").write_text('{"shard": "a.tar", "key": "k", "reason": "cut off"}\n{"shard": "a.t')
+    (folder / "bad_samples.rank1.jsonl").write_text(
+        '{"shard": "a.tar", "key": "k", "reason": "cut off"}\n{"shard": "b.tar", "key": "k", "reason": "gone"}\n'
+    )
     run = read_run(folder)
     assert run.name == "run"
     assert run.step == run.max_steps == 600
     assert run.get("model.lr") == 1e-3
     assert run.get("model.init_args.warmup_steps") == 50
     assert run.get("model.nothing", "default") == "default"
-    assert run.bad == [{"shard": "a.tar", "key": "k", "reason": "cut off"}]
+    assert run.bad == [
+        {"shard": "a.tar", "key": "k", "reason": "cut off"},
+        {"shard": "b.tar", "key": "k", "reason": "gone"},
+    ]
     assert run.results == {}
 
 
