@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,12 @@ from datamodules import loader
 from datamodules.batches import empty_images
 from datamodules.errors import DataError
 from datamodules.loader import available_cores, check_workers, default_workers, iterate
+from datamodules.manifest import load_manifest
+from datamodules.order import Order
+from datamodules.recipes import MAERecipe
+from datamodules.shard_reader import ShardReader
+from datamodules.stream import TrainStream
+from tests.datamodules.pictures import write_pictures
 
 
 class Numbers(Dataset):
@@ -205,3 +212,25 @@ def test_small_tensors_and_arrays_arrive_as_what_they_are(workers):
         assert isinstance(batch["numbers"], np.ndarray) and batch["numbers"][0] == i and batch["key"] == ["a"]
         assert batch["image"].is_shared() == bool(workers) and not batch["rng"].is_shared()
         batch["rng"] += 1  # it can be written to
+
+
+def test_nothing_piles_up_over_ten_epochs(tmp_path):
+    """Neither open files, shared memory nor the memory of the two processes."""
+    manifest = load_manifest(write_pictures(tmp_path, samples=120, per_shard=10))
+    order = Order(manifest.counts, seed=0, global_batch_size=8)
+    stream = TrainStream(order, ShardReader(manifest, open_shards=3), MAERecipe(crop_size=64))
+    seen = []
+    for step, _ in enumerate(iterate(stream, range(10 * order.steps_per_epoch), workers=1), 1):
+        if step % order.steps_per_epoch == 0:
+            worker = next(child for child in multiprocessing.active_children() if child.daemon)
+            files = [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (os.getpid(), worker.pid)]
+            memory = sum(resident_megabytes(pid) for pid in (os.getpid(), worker.pid))
+            seen.append((*files, len(list(Path("/dev/shm").glob(f"torch_{worker.pid}_*"))), memory))
+    assert len(seen) == 10
+    early, late = np.max(seen[1:4], axis=0), np.max(seen[7:], axis=0)
+    assert (late[:3] <= early[:3] + 2).all(), seen
+    assert late[3] < early[3] + 10, seen
+
+
+def resident_megabytes(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
