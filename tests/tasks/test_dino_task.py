@@ -230,7 +230,11 @@ class Before(Callback):
         ({"targets": "sinkhorn"}, {"accumulate_grad_batches": 2}, "Sinkhorn-Knopp cannot see across 2"),
         ({}, {"gradient_clip_val": 1.0}, "DINO has clip_grad"),
         ({}, {"precision": "bf16-true"}, "bf16-mixed"),
-        ({"freeze_last_layer_epochs": 2}, {}, "freeze_last_layer_epochs 2 .4 steps. is not shorter than the run of 4"),
+        (
+            {"freeze_last_layer_epochs": 2},
+            {},
+            "freeze_last_layer_epochs 2 .4 steps. is not shorter than the run of 4",
+        ),
         ({"warmup_teacher_temp_epochs": 3}, {}, "warmup_teacher_temp_epochs 3 .6 steps."),
         ({"head_warmup_epochs": 2.5}, {}, "head_warmup_epochs 2.5"),
         ({"warmup_epochs": 2}, {}, "warm-up of 4 steps"),
