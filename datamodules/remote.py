@@ -5,7 +5,6 @@ is tried again, what will not (403, 404) is not. Credentials come from the envir
 .netrc, fsspec's FSSPEC_*); a URL that holds one is refused, because URLs are written to config.yaml, logs and errors.
 """
 
-import errno
 import logging
 import os
 import re
@@ -21,6 +20,9 @@ from datamodules.sidecars import DISK_FULL
 PROTOCOLS = ("http", "https", "s3", "gs")
 CONNECT_SECONDS = 15.0
 STALL_SECONDS = 30.0
+GRACE_SECONDS = 60.0
+LEAST_RATE = 100e3
+"""Bytes per second on average that a download must reach after the grace: a trickle is as good as a stall."""
 PATIENT = (1.0, 4.0, 15.0, 40.0)
 """Seconds between tries while training: a server may be restarted, a switch replaced."""
 IMPATIENT = (0.5, 2.0)
@@ -85,7 +87,8 @@ def redact(text: str) -> str:
 
 def read(url: str, pauses: Sequence[float]) -> bytes:
     """The content of a small file. NotThereError, or DataError after as many tries as there are pauses, and one."""
-    return _try(url, pauses, lambda files: bytes(files.cat_file(url)))
+    soon = 5 * GRACE_SECONDS  # for the whole, which may otherwise trickle in for ever
+    return _try(url, pauses, lambda files: bytes(files.cat_file(url, timeout=soon)))
 
 
 def download(url: str, path: Path, size: int | None, pauses: Sequence[float]) -> None:
@@ -93,17 +96,17 @@ def download(url: str, path: Path, size: int | None, pauses: Sequence[float]) ->
 
     Raises:
         NotThereError, DataError: as `read`.
-        OSError: the disk is full.
+        OSError: the disk is full, or `path` cannot be written.
     """
     sequential: dict[str, Any] = {"s3": {"max_concurrency": 1}, "gs": {"concurrency": 1}}  # or memory holds big parts
 
     def get(files: Any) -> None:
-        files.get_file(url, str(path), **sequential.get(_protocol(url), {}))
+        files.get_file(url, str(path), callback=_least_rate(), **sequential.get(_protocol(url), {}))
         came = path.stat().st_size
         if size is not None and came != size:
             raise _WrongLengthError(f"{came} bytes came instead of {size}")
 
-    _try(url, pauses, get)
+    _try(url, pauses, get, writes=path)
 
 
 def about(url: str, pauses: Sequence[float]) -> About:
@@ -120,6 +123,28 @@ def list_tars(url: str, pauses: Sequence[float]) -> dict[str, About]:
 
 class _WrongLengthError(Exception):
     pass
+
+
+class _TooSlowError(Exception):
+    pass
+
+
+def _least_rate() -> Any:
+    """What fsspec calls with every piece that came; ends a download that is too slow."""
+    from fsspec import Callback
+
+    class LeastRate(Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.began, self.came = time.monotonic(), 0
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.came += inc
+            seconds = time.monotonic() - self.began
+            if seconds > GRACE_SECONDS + self.came / LEAST_RATE:
+                raise _TooSlowError(f"too slow: {self.came} bytes came in {seconds:.0f} s")
+
+    return LeastRate()
 
 
 def _protocol(url: str) -> str:
@@ -163,7 +188,10 @@ def _files(url: str) -> Any:
     return files
 
 
-def _try(url: str, pauses: Sequence[float], action: Callable[[Any], Value]) -> Value:
+def _try(
+    url: str, pauses: Sequence[float], action: Callable[[Any], Value], writes: Path | None = None
+) -> Value:  # fmt: skip
+    """What `action` returns; of its errors, those of the file that it `writes` are passed on as they are."""
     if _protocol(url) == "gs":
         pauses = pauses[len(IMPATIENT) :]  # gcsfs itself tries six times within half a minute
     tries = 0
@@ -173,7 +201,9 @@ def _try(url: str, pauses: Sequence[float], action: Callable[[Any], Value]) -> V
         except DataError:
             raise
         except Exception as error:  # each protocol has its own dozens of exceptions, without a common class
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
+            if isinstance(error, OSError) and (
+                error.errno in DISK_FULL or (writes is not None and str(error.filename) == str(writes))
+            ):
                 raise
             status = _status(error)
             if status == 404:
@@ -201,6 +231,8 @@ def _chain(error: BaseException) -> list[BaseException]:
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind an exception of any of the libraries."""
     chain = _chain(error)
+    if _is_local(chain[-1]):
+        return None
     for cause in reversed(chain):
         response = getattr(cause, "response", None)  # botocore
         if isinstance(response, dict) and "ResponseMetadata" in response:
@@ -217,10 +249,17 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
+def _is_local(error: BaseException) -> bool:
+    """Whether it is about a file on this machine; what comes from a server names none."""
+    return isinstance(error, OSError) and error.filename is not None and Path(str(error.filename)).is_absolute()
+
+
 def _explain(error: BaseException, status: int | None) -> tuple[str, bool]:
     """What went wrong, and whether trying again may help."""
     cause = _chain(error)[-1]
     kind = type(cause).__name__
+    if isinstance(cause, OSError) and _is_local(cause):
+        return f"{cause.filename} here: {cause.strerror}", False
     if status in (401, 403):
         return f"may not be read ({status}): check the credentials in the environment", False
     if status is not None:
@@ -230,18 +269,18 @@ def _explain(error: BaseException, status: int | None) -> tuple[str, bool]:
             "no credentials in the environment (for s3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
             "for gs GOOGLE_APPLICATION_CREDENTIALS); for a public bucket set FSSPEC_S3_ANON=1 or FSSPEC_GS_TOKEN=anon"
         ), False
-    if isinstance(cause, _WrongLengthError):
+    if isinstance(cause, _WrongLengthError | _TooSlowError):
         return f"{cause}", True
     if isinstance(cause, ValueError) and not isinstance(cause, OSError) and "InvalidURL" in kind:
         return "is not a valid URL", False
     if "DNS" in kind or "gaierror" in kind:
         return "no such host, or no network", True
+    if kind == "CancelledError":  # by the limit for the whole of a small file
+        return f"not whole within {5 * GRACE_SECONDS:g} s", True
     if isinstance(cause, TimeoutError) or "Timeout" in kind:
         return f"no answer within {STALL_SECONDS:g} s", True
     if "Connector" in kind or "EndpointConnection" in kind or isinstance(cause, ConnectionRefusedError):
         return "the server cannot be reached", True
     if isinstance(cause, ConnectionError) or kind.endswith(_CUT):
         return "the connection was cut", True
-    if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.ENOENT):
-        return redact(f"{cause.strerror}"), False
     return redact(f"{kind}: {cause}")[:300], True

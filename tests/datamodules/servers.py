@@ -14,9 +14,9 @@ from typing import Any
 class WebServer(ThreadingHTTPServer):
     """Serves a folder. `faults[path]` says how requests for it go wrong, and how often (None: always).
 
-    Faults: an HTTP status as a string, "cut" in the middle, "stall" before the middle, "short" (too few bytes, and the
-    header says so), "refuse" (closed without an answer). `slow` is a pause in each file; `requests` counts GETs;
-    `redirect` is where everything has moved, with {path} in it.
+    Faults: an HTTP status as a string, "cut" in the middle, "trickle" after it, "stall" before the middle, "short" (too
+    few bytes, and the header says so), "refuse" (closed without an answer). `slow` is a pause in each file; `requests`
+    counts GETs; `redirect` is where everything has moved, with {path} in it.
     """
 
     daemon_threads = True
@@ -84,6 +84,14 @@ class Handler(SimpleHTTPRequestHandler):
         self.wfile.write(data[:middle])
         self.wfile.flush()
         if fault == "cut":
+            self.close_connection = True
+            return
+        if fault == "trickle":
+            for i in range(middle, middle + 100):
+                with contextlib.suppress(OSError):
+                    self.wfile.write(data[i : i + 1])
+                if self.server.ended.wait(0.05):
+                    break
             self.close_connection = True
             return
         if fault == "stall":

@@ -4,6 +4,7 @@ import builtins
 import errno
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 from jsonargparse import Namespace
@@ -158,6 +159,33 @@ def test_a_full_disk_is_not_the_server(web, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_files", lambda _: Full())
     with pytest.raises(OSError, match="No space left"):
         download(f"{web.url}/shard-000000.tar", tmp_path / "x", None, remote.PATIENT)
+
+
+@pytest.mark.parametrize("read_whole", [False, True])
+def test_a_trickle_is_given_up(web, tmp_path, monkeypatch, read_whole):
+    monkeypatch.setattr(remote, "GRACE_SECONDS", 0.1)
+    web.faults["/shard-000000.tar"] = ("trickle", None)
+    url, began = f"{web.url}/shard-000000.tar", time.monotonic()
+    with pytest.raises(
+        DataError, match="not whole within 0.5 s, 2 times" if read_whole else "too slow: .* bytes came in .*, 2 times"
+    ):
+        read(url, (0.01,)) if read_whole else download(url, tmp_path / "x", None, (0.01,))
+    assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("why", ["no folder", "no permission"])
+def test_what_is_wrong_here_is_not_told_as_the_servers(web, tmp_path, monkeypatch, why):
+    path = tmp_path / "gone" / "x"
+    if why == "no permission":
+
+        def refuse(*_, **__):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(remote, "_files", lambda _: SimpleNamespace(get_file=refuse, cat_file=refuse))
+        with pytest.raises(DataError, match=rf"manifest.json: {path} here: Permission denied$"):
+            read(f"{web.url}/manifest.json", remote.PATIENT)
+    with pytest.raises(OSError, match=str(path)):
+        download(f"{web.url}/shard-000000.tar", path, None, remote.PATIENT)
 
 
 @pytest.mark.parametrize(
