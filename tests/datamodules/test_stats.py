@@ -13,6 +13,7 @@ from datamodules.stats import channel_stats
 from pretrain.cli import main
 from tests.datamodules.deep_images import npy, values, write_deep
 from tests.datamodules.pictures import write_pictures
+from tests.datamodules.servers import web_server
 from tests.datamodules.tar_builders import image_folders, picture
 
 
@@ -48,6 +49,16 @@ def test_a_part_of_the_set_is_drawn_the_same_every_time(tmp_path: Path) -> None:
     assert (everything.images, some.images) == (60, 25)
     assert np.array_equal(some.counts, channel_stats(root, samples=25, workers=1).counts)
     assert (some.counts <= everything.counts).all()
+
+
+def test_of_a_remote_set_few_shards_are_fetched(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "many", 40, 2)
+    with web_server(tmp_path / "many") as server:
+        found = channel_stats(server.url, samples=30, workers=1)
+        assert sum(name.endswith(".tar") for name in server.requests) == 8
+    assert found.images == 16 and "drawn from 8 of the 20 shards" in capsys.readouterr().err
 
 
 def test_the_command_prints_options_that_a_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
