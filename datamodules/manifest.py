@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from datamodules.errors import DataError
-from datamodules.sidecars import locked, read_sidecar, sidecar_places, write_sidecar
+from datamodules.sidecars import locked, read_sidecar, sidecar_places, still_good, write_sidecar
 from datamodules.tar_index import ROWS, ShardIndex, cannot_read, read_index
 from datamodules.workers import Tick, spread
 
@@ -166,13 +166,19 @@ def _stored_manifest(
 ) -> tuple[Manifest | None, Manifest | None]:  # fmt: skip
     """The manifest that describes the folder as it is, and else the one of before."""
     former = None
-    for place, data in read_sidecar(root / MANIFEST):
+    for place, data in sorted(read_sidecar(root / MANIFEST), key=lambda found: _made_ns(found[0]), reverse=True):
         with contextlib.suppress(ValueError, OSError):
             manifest = Manifest.from_bytes(root, data)
             if _holds(manifest, place, tars):
                 return manifest, None
             former = former or manifest
     return None, former
+
+
+def _made_ns(place: Path) -> int:
+    with contextlib.suppress(OSError):
+        return place.stat().st_mtime_ns
+    return 0
 
 
 @contextlib.contextmanager
@@ -285,8 +291,7 @@ def _holds(manifest: Manifest, place: Path, tars: dict[str, os.stat_result]) -> 
             f"is meant, delete {MANIFEST}"
         )
     elif newer:
-        with contextlib.suppress(OSError):
-            os.utime(place)  # the tars were only copied or touched: no need to look again
+        still_good(manifest.root / MANIFEST, place, manifest.to_bytes())  # the tars were only copied or touched
     return True
 
 

@@ -58,6 +58,20 @@ def write_sidecar(path: Path, data: bytes) -> Path:
     return cached
 
 
+def still_good(path: Path, place: Path, data: bytes) -> None:
+    """Note that the sidecar `path`, found at `place`, fits its data, although that is newer: no need to look again.
+
+    Where its time cannot be changed, it is written into the cache, whose time is now. Best effort.
+    """
+    cached = sidecar_places(path)[1]
+    try:
+        os.utime(place)
+    except OSError:
+        with contextlib.suppress(OSError):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_aside(cached, data)
+
+
 def write_aside(path: Path, data: bytes) -> None:
     """Write a file under another name, flush it to disk and rename it, so that it is either whole or absent."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")

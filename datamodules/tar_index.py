@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from datamodules.errors import DataError
-from datamodules.sidecars import read_sidecar, write_sidecar
+from datamodules.sidecars import read_sidecar, still_good, write_sidecar
 from datamodules.tar_samples import PLAIN_IMAGES, Finding, Findings, group_members, note_odd_names
 from datamodules.tar_walk import walk_tar
 
@@ -170,8 +170,7 @@ def read_index(tar_path: str | os.PathLike[str]) -> ShardIndex:
     index = scan_tar(tar_path)
     for place, old in former:
         if old.tar_bytes == index.tar_bytes and old.same_members(index):
-            with contextlib.suppress(OSError):
-                os.utime(place)  # the tar was only copied or touched: no need to look again
+            still_good(sidecar, place, old.to_bytes())  # the tar was only copied or touched
             return old
         if old.tar_bytes > index.tar_bytes and old.begins_like(index):
             detail = f"{index.tar_bytes} bytes are left of {old.tar_bytes}, {len(index)} samples of {len(old)}"

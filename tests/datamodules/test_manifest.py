@@ -99,6 +99,25 @@ def test_touched_tars_are_looked_at_once(foreign: Path, monkeypatch: pytest.Monk
     assert len(read_index(foreign / "part-0.tar")) == 10
 
 
+def test_touched_tars_of_a_read_only_set_are_looked_at_once(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIVIT_CACHE", str(tmp_path / "cache"))
+    first = load_manifest(foreign)
+    for sidecar in (*foreign.glob("*.idx"), foreign / "manifest.json"):
+        os.utime(sidecar, (0, 0))
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("datamodules.sidecars.os.utime", refuse)
+    assert load_manifest(foreign) == first
+    monkeypatch.setattr("datamodules.manifest.read_index", lambda path: pytest.fail(f"opened {path}"))
+    monkeypatch.setattr("datamodules.tar_index.scan_tar", lambda path: pytest.fail(f"walked {path}"))
+    assert load_manifest(foreign) == first
+    assert len(read_index(foreign / "part-0.tar")) == 10
+
+
 def test_a_classes_file_that_is_no_text(foreign: Path) -> None:
     (foreign / "classes.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="is not UTF-8 text: one class name on each line"):
