@@ -202,13 +202,13 @@ def test_tables_are_of_shards_not_samples_and_those_of_former_epochs_go():
 
 
 def test_order_of_a_hundred_million_samples_is_fast():
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: others may need the machine
     order = Order([10_000] * 10_000, seed=0, global_batch_size=4096)
     order.batch(10 * order.steps_per_epoch + 12_345)
-    assert time.perf_counter() - start < 1  # resuming anywhere; 10 ms on an idle core
+    assert time.process_time() - start < 1  # resuming anywhere; 10 ms on an idle core
     times = []
     for step in range(20):
-        start = time.perf_counter()
+        start = time.process_time()
         order.batch(10 * order.steps_per_epoch + 12_346 + step)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 5e-3  # under 1 ms on an idle core

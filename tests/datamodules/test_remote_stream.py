@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules import remote
+from datamodules import remote, shard_reader
 from datamodules.bad_samples import BadSamples
 from datamodules.errors import DataError, DataFailure
 from datamodules.image_set import evaluation_loader
 from datamodules.open_shards import open_shards
 from datamodules.recipes import MAERecipe
+from datamodules.remote_set import fetch
 from datamodules.shard_cache import remote_cache
 from datamodules.shard_datamodule import ShardDataModule
 from datamodules.stream import StepLoader
@@ -103,19 +104,27 @@ def test_the_next_window_is_there_before_it_is_needed(web, picture_set):
             assert all(tar.exists() for tar in tars)
 
 
-def test_with_bandwidth_the_loader_does_not_wait(own_web):
-    """A shard and its index take 0.6 s; a step takes 0.4 s and needs a new shard every other time."""
-    own_web.slow = 0.3
+def test_with_bandwidth_the_loader_does_not_wait(own_web, monkeypatch):
+    """A step needs a new shard every other time; what is on its way comes before the next step begins."""
     data = module(own_web.url, lanes=1, window=1)
     data.global_batch_size = 5
-    waits = []
-    batches = iter(loader(data, range(8), workers=1))
-    for _ in range(8):
-        began = time.monotonic()
-        next(batches)
-        waits.append(time.monotonic() - began)
-        time.sleep(0.4)
-    assert sum(waits[1:]) < 0.9  # three shards fetched only when needed: 1.8
+    stream, step, waited = data.stream(), 0, []
+
+    def read(tar: Path) -> bool:
+        if not tar.exists():
+            waited.append(step)
+        return fetch(tar)
+
+    monkeypatch.setattr(shard_reader, "fetch", read)
+    for step in range(8):
+        stream[step]
+        coming = [window for now in data.order.windows(step) for window in (now, data.order.following(now))]
+        tars = [data.manifest.path(shard) for window in coming for shard in data.order.shards_in(window)]
+        until = time.monotonic() + 60
+        while not all(tar.exists() for tar in tars) and time.monotonic() < until:
+            time.sleep(0.01)
+    assert set(waited) <= {0}  # of the first step nothing could be known before
+    assert {path: count for path, count in own_web.requests.items() if path.endswith(".tar") and count > 1} == {}
 
 
 @pytest.mark.parametrize("fault", ["500", "403", "404", "cut", "stall", "short"])

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from datamodules.bad_samples import BadSamples
@@ -47,13 +47,9 @@ def loader_of(
 
 
 def global_batches(reader, order, steps, world_size, accumulate, workers, recipe=RECIPES[0]):
-    """Every optimiser step's batch, put together from all ranks' micro-batches; one of the ranks has the workers."""
+    """Every optimiser step's batch, put together from all ranks' micro-batches; `workers` of each rank."""
     layout = {"world_size": world_size, "accumulate": accumulate, "recipe": recipe}
-    with_workers = steps.start % world_size
-    ranks = [
-        list(loader_of(reader, order, steps, rank=r, workers=workers if r == with_workers else 0, **layout))
-        for r in range(world_size)
-    ]
+    ranks = [list(loader_of(reader, order, steps, rank=r, workers=workers[r], **layout)) for r in range(world_size)]
     batches = []
     for i in range(len(steps)):
         parts = [part for rank in ranks for part in rank[i * accumulate : (i + 1) * accumulate]]
@@ -79,13 +75,21 @@ def settings_of_a_run(draw):
     return order, frozenset(bad), range(first, first + 3), world_size, accumulate
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(settings_of_a_run(), st.integers(0, 3), st.sampled_from(RECIPES))
+@given(
+    settings_of_a_run(), st.lists(st.sampled_from([0, 0, 0, 1, 3]), min_size=8, max_size=8), st.sampled_from(RECIPES)
+)
+@example(
+    (Order([30, 7, 25], seed=1, global_batch_size=16, lanes=4), frozenset({(0, 3)}), range(2, 5), 8, 2),
+    [3] * 8,
+    RECIPES[0],
+)
 def test_the_global_batch_is_the_same_list_on_any_ranks_and_workers(run, workers, recipe):
     """Samples and all that is random about them: crops, flips, parameters of colours, and the keys of later draws."""
     order, bad, steps, world_size, accumulate = run
     reader = PlainReader(order.counts, bad if len(bad) < order.num_samples / 4 else frozenset())
-    alone = global_batches(reader, order, steps, 1, 1, 0, recipe)
+    alone = global_batches(reader, order, steps, 1, 1, [0], recipe)
     together = global_batches(reader, order, steps, world_size, accumulate, workers, recipe)
     for (keys, *tensors), (other_keys, *other_tensors) in zip(alone, together, strict=True):
         assert keys == other_keys
@@ -102,7 +106,7 @@ def test_real_shards_with_and_without_workers(picture_set):
     order = Order(manifest.counts, seed=3, global_batch_size=12)
     runs = [
         global_batches(ShardReader(manifest), order, range(4, 10), world_size, 2, workers)
-        for world_size, workers in ((1, 0), (2, 2))
+        for world_size, workers in ((1, [0]), (2, [2, 1]))
     ]
     for (keys, *tensors), (other_keys, *other_tensors) in zip(*runs, strict=True):
         assert keys == other_keys
