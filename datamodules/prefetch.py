@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from datamodules.remote_set import fetch
 from datamodules.shard_cache import LIMIT, space
 
 _THREADS = 2
+_ROOM_SECONDS = 10.0
 log = logging.getLogger("trivit")
 
 
@@ -37,15 +39,17 @@ class Prefetcher:
 
     def __init__(self, manifest: Manifest, ranks: int = 1) -> None:
         self.manifest, self.ranks = manifest, ranks
-        self._pid = 0
+        self._pid, self._room, self._room_until = 0, 0, 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"manifest": self.manifest, "ranks": self.ranks, "_pid": 0}
+        return {"manifest": self.manifest, "ranks": self.ranks, "_pid": 0, "_room": 0, "_room_until": 0.0}
 
     def want(self, shards: Sequence[int]) -> None:
         """Fetch these, instead of those of before that have not been begun."""
         ends = np.cumsum([self.manifest.shards[shard].bytes for shard in shards])
-        fitting = shards[: int(np.searchsorted(ends, space() // self.ranks, side="right"))]
+        if time.monotonic() > self._room_until:  # finding out may mean looking at every file of the cache
+            self._room, self._room_until = space() // self.ranks, time.monotonic() + _ROOM_SECONDS
+        fitting = shards[: int(np.searchsorted(ends, self._room, side="right"))]
         if self._pid != os.getpid():  # threads do not survive a fork, and a lock may be held for ever
             self._pid, self._wanted, self._news = os.getpid(), deque[Path](), threading.Condition()
             for _ in range(_THREADS):

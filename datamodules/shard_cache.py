@@ -52,13 +52,19 @@ def cache_limit() -> int | None:
 
 def space() -> int:
     """Most bytes that the cache may hold: `cache_limit`, or else half of the disk space not taken by others."""
+    return _space(None)
+
+
+def _space(held: int | None) -> int:
+    """`space`, when so many bytes are in the cache; None: to be counted if need be."""
     limit = cache_limit()
     if limit is not None:
         return limit
     home = remote_cache()
     home.mkdir(parents=True, exist_ok=True)
     disk = os.statvfs(home)
-    return (disk.f_bavail * disk.f_frsize + sum(entry.bytes for entry in _entries())) // 2
+    held = sum(entry.bytes for entry in _scan()[0]) if held is None else held
+    return (disk.f_bavail * disk.f_frsize + held) // 2
 
 
 def cached(path: Path, size: int, fill: Callable[[Path], object], *, wait: bool = True) -> bool:
@@ -100,7 +106,9 @@ def shrink() -> None:
             if time.time() - partial.stat().st_mtime > _NOBODY_WRITES_IT_AFTER:
                 partial.unlink()
     with _held(remote_cache() / ".room.lock", wait=True, keep=True):
-        _evict(_on_their_way() + sum(entry.bytes for entry in _entries()) - space())
+        entries, locks = _scan()
+        held = sum(entry.bytes for entry in entries)
+        _evict(entries, _on_their_way(locks) + held - _space(held))
 
 
 def _fill(path: Path, size: int, fill: Callable[[Path], object], lock: int, needed: bool) -> bool:
@@ -115,7 +123,7 @@ def _fill(path: Path, size: int, fill: Callable[[Path], object], lock: int, need
                 break
             except OSError as error:
                 # The disk may be smaller than the limit, or others fill it.
-                if error.errno not in DISK_FULL or not _evict(max(size, 1)):
+                if error.errno not in DISK_FULL or not _evict(_scan()[0], max(size, 1)):
                     raise
         aside.replace(path)
         with path.open("rb") as file:
@@ -128,18 +136,20 @@ def _fill(path: Path, size: int, fill: Callable[[Path], object], lock: int, need
 def _make_room(size: int, lock: int, needed: bool) -> bool:
     """Reserve `size` bytes in our lock file, and evict until that and all the rest fit; what is needed comes anyway."""
     with _held(remote_cache() / ".room.lock", wait=True, keep=True):
-        coming = _on_their_way() + size
-        if coming > space() and not needed:
+        entries, locks = _scan()
+        held, coming = sum(entry.bytes for entry in entries), _on_their_way(locks) + size
+        there = _space(held)
+        if coming > there and not needed:
             return False
         os.pwrite(lock, str(size).encode(), 0)
-        _evict(coming + sum(entry.bytes for entry in _entries()) - space())
+        _evict(entries, coming + held - there)
         return True
 
 
-def _evict(excess: int) -> int:
+def _evict(entries: list[_Entry], excess: int) -> int:
     """Remove what was unused for longest until `excess` bytes are gone; returns how many are."""
     gone = 0
-    for entry in sorted(_entries()):
+    for entry in sorted(entries) if excess > 0 else []:
         if gone >= excess:
             break
         entry.tar.unlink(missing_ok=True)
@@ -148,21 +158,33 @@ def _evict(excess: int) -> int:
     return gone
 
 
-def _entries() -> list[_Entry]:
-    found = []
-    for tar in remote_cache().glob("*/*.tar"):
-        with contextlib.suppress(FileNotFoundError):  # evicted by another process just now
-            about, index = tar.stat(), 0
-            with contextlib.suppress(FileNotFoundError):
-                index = tar.with_name(f"{tar.name}.idx").stat().st_size
-            found.append(_Entry(about.st_atime_ns, about.st_size + index, tar))
-    return found
+def _scan() -> tuple[list[_Entry], list[Path]]:
+    """The shards in the cache, and the lock files of those on their way; one pass, since all of a node wait for it."""
+    found: list[_Entry] = []
+    locks: list[Path] = []
+    for folder in remote_cache().iterdir():
+        tars: dict[str, os.stat_result] = {}
+        indexes: dict[str, int] = {}
+        with contextlib.suppress(NotADirectoryError, FileNotFoundError, PermissionError), os.scandir(folder) as files:
+            for file in files:
+                if file.name.startswith(".") and file.name.endswith(".tar.lock"):
+                    locks.append(folder / file.name)
+                with contextlib.suppress(FileNotFoundError):  # evicted by another process just now
+                    if file.name.endswith(".tar"):
+                        tars[file.name] = file.stat()
+                    elif file.name.endswith(".tar.idx"):
+                        indexes[file.name.removesuffix(".idx")] = file.stat().st_size
+        found += [
+            _Entry(about.st_atime_ns, about.st_size + indexes.get(name, 0), folder / name)
+            for name, about in tars.items()
+        ]
+    return found, locks
 
 
-def _on_their_way() -> int:
+def _on_their_way(locks: list[Path]) -> int:
     """Bytes that are reserved by those who fetch; the rubbish of the dead is removed."""
     total = 0
-    for lock in remote_cache().glob("*/.*.tar.lock"):
+    for lock in locks:
         with _held(lock, wait=False) as held:
             if held is not None:
                 _remove_partials(lock.with_name(lock.name[1 : -len(".lock")]))

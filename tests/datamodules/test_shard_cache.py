@@ -14,6 +14,8 @@ import pytest
 
 from datamodules import shard_cache
 from datamodules.errors import DataError, DataFailure
+from datamodules.manifest import Manifest, Shard
+from datamodules.prefetch import Prefetcher
 from datamodules.shard_cache import cached, remote_cache, space, touch
 
 
@@ -268,6 +270,18 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(folder):
     put(folder, "a.tar")
     assert everything(folder) == {"a.tar", "b.tar"}
     process.stdout.close()
+
+
+def test_a_fetch_looks_once_through_the_cache_and_asking_ahead_seldom(folder, monkeypatch):
+    scans: list[int] = []
+    scan = shard_cache._scan
+    monkeypatch.setattr(shard_cache, "_scan", lambda: scans.append(1) or scan())
+    put(folder, "a.tar")
+    assert len(scans) == 1
+    prefetcher = Prefetcher(Manifest(folder, (Shard("a.tar", 1, 100, ""),)))
+    for _ in range(20):
+        prefetcher.want([0])
+    assert len(scans) == 2
 
 
 def test_odd_names(folder):
