@@ -209,7 +209,8 @@ class ShardDataModule(LightningDataModule):
             self.order, self.manifest, start=rank * share, stop=(rank + 1) * share, ranks=self._local_ranks,
             last_step=self.trainer.max_steps - 1 if self.trainer and self.trainer.max_steps > 0 else None,
         )  # fmt: skip
-        ahead.warn_of_little_space()
+        if rank == 0:  # the others would say the same
+            ahead.warn_of_little_space()
         return ahead
 
     @property

@@ -102,7 +102,7 @@ def channel_stats(
     bad.sort()
     if len(bad) == total:
         raise DataError(
-            f"none of the {total} images of {manifest.root} can be read as {channels} channels of {bits} bits (first: "
+            f"none of the {total} images of {manifest.name} can be read as {channels} channels of {bits} bits (first: "
             f"{bad[0].shard}, {bad[0].key}: {bad[0].reason}); --channels and --bits say what to read"
         )
     return ChannelStats(counts, total - len(bad), tuple(bad))

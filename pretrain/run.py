@@ -187,7 +187,7 @@ def _lay_out(trainer: Trainer, data: ShardDataModule, stop: StopRequest) -> None
             )
         if findings := sum(shard.findings for shard in data.manifest.shards):
             print(
-                f"{findings} findings in the tars of {data.manifest.root}: trivit shards verify lists them",
+                f"{findings} findings in the tars of {data.manifest.name}: trivit shards verify lists them",
                 file=sys.stderr,
             )
 

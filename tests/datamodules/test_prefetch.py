@@ -14,6 +14,8 @@ from datamodules.manifest import Manifest, Shard, load_manifest
 from datamodules.open_shards import open_shards
 from datamodules.order import Order
 from datamodules.prefetch import Prefetcher, TrainAhead
+from datamodules.recipes import MAERecipe
+from datamodules.shard_datamodule import ShardDataModule
 
 
 def wait_for(condition, seconds: float = 5.0) -> bool:
@@ -122,3 +124,13 @@ def test_too_little_space_for_what_is_read_at_once_is_told(cache, monkeypatch, c
     monkeypatch.setenv("TRIVIT_CACHE_SIZE", "3GB" if little else "5GB")
     TrainAhead(order, plain([20] * 12, 10**9), start=0, stop=4).warn_of_little_space()
     assert ("fetched again and again: raise TRIVIT_CACHE_SIZE" in caplog.text) == little
+
+
+def test_little_space_is_told_by_the_first_rank_alone(web, monkeypatch, caplog):
+    data = ShardDataModule(web.url, MAERecipe(16), 20)
+    data.setup()
+    monkeypatch.setenv("TRIVIT_CACHE_SIZE", "1")
+    data.stream(world_size=2, rank=1)
+    assert "fetched again" not in caplog.text
+    data.stream(world_size=2, rank=0)
+    assert caplog.text.count("fetched again") == 1

@@ -123,3 +123,8 @@ def test_bad_input_is_one_line(
     with pytest.raises(DataError, match="--bits is 8 or 16, not 12"):
         channel_stats(tmp_path / "set", bits=12)
     assert main(["shards", "stats", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_remote_set_is_called_by_its_url(web, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "stats", web.url, "--channels", "5"]) == 2
+    assert f"images of {web.url} can be read as 5 channels" in capsys.readouterr().err
