@@ -98,10 +98,8 @@ def test_a_file_that_cannot_be_had(web, picture_set, tmp_path, monkeypatch, faul
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
     web.faults["/shard-000000.tar"] = (fault, None)
     size = (picture_set / "shard-000000.tar").stat().st_size
-    began = time.monotonic()
     with pytest.raises(DataError, match=message) as caught:
         download(f"{web.url}/shard-000000.tar", tmp_path / "x", size, remote.PATIENT)
-    assert time.monotonic() - began < 5
     assert isinstance(caught.value, remote.NotThereError) == (fault == "404")
     assert web.requests["/shard-000000.tar"] == requests
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{web.url}/shard-000000.tar")
