@@ -174,12 +174,12 @@ def test_shard_deleted_while_running(own_pictures):
 def test_fewer_shards_than_lanes_ranks_and_workers(own_pictures):
     manifest = load_manifest(own_pictures)
     order = Order(manifest.counts, seed=0, global_batch_size=40, lanes=20)
-    (keys, *_), = global_batches(ShardReader(manifest), order, range(1), 8, 1, 0)  # fmt: skip
+    (keys, *_), = global_batches(ShardReader(manifest), order, range(1), 8, 1, [0] * 8)  # fmt: skip
     assert len(set(keys)) == 40
 
 
 def test_one_sample_in_all():
-    batches = global_batches(PlainReader([1]), Order([1], seed=0, global_batch_size=1), range(5), 1, 1, 2)
+    batches = global_batches(PlainReader([1]), Order([1], seed=0, global_batch_size=1), range(5), 1, 1, [2])
     assert [keys for keys, *_ in batches] == [["0.tar/0"]] * 5
     assert len({int(rng) for _, rng, *_ in batches}) == 5
 
