@@ -57,13 +57,9 @@ def open_remote(url: str) -> Path:
         origins = dict(zip(short_names(tars), _in_parallel(_origin, tars, "looking"), strict=True))
         return _open_without_manifest(url, _common_folder(tars), origins)
     try:
-        content = remote.read(f"{url}/{MANIFEST}", remote.IMPATIENT)
+        manifest, content = _manifest_of(url)
     except remote.NotThereError:
         return _open_without_manifest(url, url, _listed(url))
-    try:
-        manifest = Manifest.from_bytes(Path(), content)
-    except ValueError as error:
-        raise DataError(f"{url}/{MANIFEST} is damaged ({error}): upload it again") from None
     origins = {
         shard.name: Origin(f"{url}/{_quoted(url, shard.name)}", shard.bytes, shard.digest) for shard in manifest.shards
     }
@@ -199,12 +195,16 @@ def _classes(folder: str) -> tuple[str, ...]:
     """
     with contextlib.suppress(remote.NotThereError, remote.ForbiddenError):
         return tuple(remote.read(f"{folder}/{CLASSES}", remote.IMPATIENT).decode("utf-8", "replace").splitlines())
+    with contextlib.suppress(remote.NotThereError, remote.ForbiddenError):
+        return _manifest_of(folder)[0].classes
+    return ()
+
+
+def _manifest_of(folder: str) -> tuple[Manifest, bytes]:
+    """The manifest beside the tars, and the file as it is; DataError when it is damaged or cannot be had."""
+    content = remote.read(f"{folder}/{MANIFEST}", remote.IMPATIENT)
     try:
-        return Manifest.from_bytes(Path(), remote.read(f"{folder}/{MANIFEST}", remote.IMPATIENT)).classes
-    except (remote.NotThereError, remote.ForbiddenError):
-        return ()
-    except DataError:
-        raise
+        return Manifest.from_bytes(Path(), content), content
     except ValueError as error:
         raise DataError(f"{folder}/{MANIFEST} is damaged ({error}): upload it again") from None
 
