@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
@@ -102,11 +101,6 @@ class CLIPTask(PretrainTask):
         return cosine(step, total, peak, self.min_lr, warmup, peak / max(warmup, 1))
 
     # ---- Lightning's hooks, in the order of a run
-
-    def configure_model(self) -> None:
-        """Ranks share the statistics of BatchNorm where there is any."""
-        if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
-            convert_sync_batchnorm(self.model)
 
     def setup(self, stage: str) -> None:
         """Compiles what is to be compiled."""

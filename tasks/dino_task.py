@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
@@ -156,11 +155,6 @@ class DINOTask(PretrainTask):
                 )
 
     # ---- Lightning's hooks, in the order of a run
-
-    def configure_model(self) -> None:
-        """Ranks share the statistics of BatchNorm where there is any."""
-        if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
-            convert_sync_batchnorm(self.model)
 
     def setup(self, stage: str) -> None:
         """Compiles what is to be compiled."""

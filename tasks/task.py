@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -82,6 +83,11 @@ class PretrainTask(pl.LightningModule):
     def learning_rate(self, step: int, total: int, steps_per_epoch: int, global_batch_size: int) -> float:
         """Learning rate of the optimiser step number `step`, counted from 0, of `total`."""
         return warmup_cosine(step, total, self.warmup(steps_per_epoch), self.peak_lr(global_batch_size), self.min_lr)
+
+    def configure_model(self) -> None:
+        """Ranks share the statistics of BatchNorm where there is any."""
+        if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
+            convert_sync_batchnorm(self.model)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW, one kernel per group where the device has it."""
