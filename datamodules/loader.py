@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from datamodules.errors import DataError, DataFailure
+from datamodules.lent_memory import Borrower, Lender
 from datamodules.workers import available_cores
 
 _MOST_WORKERS = 16
@@ -36,8 +38,9 @@ class GuardedDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return _by_value(self.dataset[index])
+            return _to_send(self.dataset[index])
         except DataError as error:
+            _to_send({})
             return Failure(str(error), type(error))
 
 
@@ -47,12 +50,17 @@ class _Value(NamedTuple):
     array: NDArray[Any]
 
 
-def _by_value(batch: Any) -> Any:
-    """Small tensors of a dict as arrays: shared memory, as torch sends tensors, takes a file and a socket for each."""
+def _to_send(batch: Any) -> Any:
+    """A worker's batch, a dict, with tensors in borrowed memory as their places, and small ones as arrays.
+
+    Everything else torch puts into shared memory of its own, with a file and a socket for each tensor.
+    """
     if not isinstance(batch, dict) or get_worker_info() is None:
         return batch
-    small = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.nbytes <= _SMALL_BYTES and not v.is_shared()}  # type: ignore[no-untyped-call]
-    return batch | {name: _Value(tensor.numpy()) for name, tensor in small.items()}
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    lent = Borrower.here.sent(tensors) if Borrower.here is not None else {}
+    small = {k: v for k, v in tensors.items() if v.nbytes <= _SMALL_BYTES and not v.is_shared()}  # type: ignore[no-untyped-call]
+    return batch | {name: _Value(tensor.numpy()) for name, tensor in small.items()} | lent
 
 
 def _received(batch: Any) -> Any:
@@ -71,6 +79,15 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
     Raises:
         DataError: one that a worker met; DataFailure when a worker was killed.
     """
+    forked = workers if sys.platform == "linux" else 0
+    with _lender(forked) as lender:
+        yield from _batches(dataset, indices, workers, pin_memory, lender, "fork" if forked else None)
+
+
+def _batches(
+    dataset: Dataset[Any], indices: Sequence[int], workers: int, pin_memory: bool, lender: Lender | None,
+    context: str | None,
+) -> Iterator[Any]:  # fmt: skip
     with _interrupt_held_back(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -81,8 +98,8 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
-            worker_init_fn=_settle_worker if workers else None,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            worker_init_fn=partial(_settle_worker, lender=lender) if workers else None,
+            multiprocessing_context=context,
             generator=torch.Generator(),  # or torch would draw from the global one, and what comes later would differ
         )
         with _no_exceptions_out_of_nowhere():
@@ -103,6 +120,20 @@ def iterate(dataset: Dataset[Any], indices: Sequence[int], *, workers: int, pin_
     finally:
         if workers:
             batches._shutdown_workers()
+
+
+@contextlib.contextmanager
+def _lender(forked: int) -> Iterator[Lender | None]:
+    """Memory for what forked workers send; None where there are none or the system has no such memory."""
+    lender = None
+    if forked:
+        with contextlib.suppress(OSError):
+            lender = Lender(forked)
+    try:
+        yield lender
+    finally:
+        if lender is not None:
+            lender.close()
 
 
 def _any_was_killed(workers: list[Any]) -> bool:
@@ -128,8 +159,9 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _settle_worker(_: int) -> None:
+def _settle_worker(worker: int, lender: Lender | None) -> None:
     """Leave signals to the main process: it decides when a run ends, and needs its batches until then."""
+    Borrower.here = None if lender is None else Borrower(lender, worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("SIGUSR1", "SIGUSR2", "SIGHUP"):
         if hasattr(signal, name):

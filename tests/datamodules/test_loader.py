@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from datamodules import loader
 from datamodules.batches import empty_images
@@ -166,16 +166,6 @@ class Interpolates(Dataset):
     def __getitem__(self, index):
         a = torch.rand(400, 400)
         return (a @ a).sum() + torch.nn.functional.interpolate(torch.rand(4, 3, 200, 200), (300, 300)).sum()
-
-
-def test_batches_of_a_worker_lie_in_shared_memory():
-    class Shared(Dataset):
-        def __getitem__(self, index):
-            assert get_worker_info() is not None
-            return empty_images(2, 3, 4, 5).is_shared()
-
-    assert list(iterate(Shared(), range(1), workers=1)) == [True]
-    assert not empty_images(2, 3, 4, 5).is_shared()
 
 
 def test_cores(monkeypatch):
