@@ -18,6 +18,10 @@ MORE = [
     "--trainer.max_steps", STEPS,
 ]  # fmt: skip
 WITH_DROP_PATH = ["--model.encoder.drop_path", 0.3]
+IBOT = [
+    "--model.ibot.mask_probability", 0.5, "--model.ibot.head.prototypes", 24, "--model.ibot.head.hidden_width", 32,
+    "--model.ibot.head.bottleneck_width", 16,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +34,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # five to seven starts of the program, on a machine that others use
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "dino with iBOT"])
 def test_killed_runs_end_as_if_they_had_not_been(objective: str, images: Path, tmp_path: Path) -> None:
     """SIGKILL to all processes in the first and in the second epoch, and to a single loader worker in the third."""
-    command = [*OBJECTIVES[objective], *MORE, *WITH_DROP_PATH, "--data.train", images, "--output"]
+    name, _, terms = objective.partition(" with ")
+    command = [
+        *OBJECTIVES[name], *MORE, *WITH_DROP_PATH, *(IBOT if terms else []), "--data.train", images, "--output"
+    ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = start([*command, whole])
     draw = random.Random(objective)
