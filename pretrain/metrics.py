@@ -27,7 +27,8 @@ class Metrics(Callback):
 
     Columns: step; epoch (fractional); seconds (training time since the run began, resumed parts included);
     train/loss and the task's other scalars (mean over the row's steps and all ranks); train/lr; train/grad_norm (of
-    the row's last step); train/images_per_second (all ranks); train/data_wait (share of the time, 0 to 1).
+    the row's last step); train/images_per_second (all ranks); train/data_wait (share of the time, 0 to 1); and what
+    callbacks before this one have put into `extra` (on rank 0) when a row is `due`.
     """
 
     def __init__(self, path: Path, every: int, phases: PhaseTimer, guard: FiniteGuard, stop: StopRequest) -> None:
@@ -37,6 +38,7 @@ class Metrics(Callback):
         self.guard = guard
         self.stop = stop
         self.newest: dict[str, float] = {}
+        self.extra: dict[str, float] = {}
         self._seconds = 0.0  # training time before this process and up to the last row
         self._sums: dict[str, Tensor] = {}  # over the whole steps of the row
         self._step_sums: dict[str, Tensor] = {}  # over the step that has begun; a run may end in the middle of it
@@ -68,9 +70,13 @@ class Metrics(Callback):
         for name, value in self._step_sums.items():
             _add(self._sums, name, value)
         self._step_sums = {}
+        if self.due(trainer):
+            self._write(trainer, pl_module, trainer.global_step)
+
+    def due(self, trainer: Trainer) -> bool:
+        """Whether the end of this optimiser step is one at which a row is written."""
         step = trainer.global_step
-        if step > self._row_step and (step % self.every == 0 or step == trainer.max_steps):
-            self._write(trainer, pl_module, step)
+        return step > self._row_step and (step % self.every == 0 or step == trainer.max_steps)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         sums = self._over_ranks(trainer)
@@ -83,8 +89,8 @@ class Metrics(Callback):
             values["train/grad_norm"] = float(self.guard.grad_norm)
         values["train/images_per_second"] = (step - self._clock_step) * data.global_batch_size / elapsed
         values["train/data_wait"] = min(1.0, self.phases.take("data") / elapsed)
-        row = {"step": step, "epoch": step / data.steps_per_epoch, "seconds": self._seconds, **values}
-        self.newest = row
+        row = {"step": step, "epoch": step / data.steps_per_epoch, "seconds": self._seconds, **values, **self.extra}
+        self.newest, self.extra = row, {}
         if trainer.is_global_zero:
             with self._failures_told():
                 self._append(row)

@@ -31,6 +31,7 @@ from pretrain.key_log import KeyLog
 from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
 from pretrain.progress import Progress
+from pretrain.rank_watch import RankWatch
 from pretrain.run_directory import RunDirectory, launched_rank
 from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
@@ -128,7 +129,8 @@ def _trainer(
     progress = Progress(metrics)
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
     callbacks = [
-        SameData(stop), guard, metrics, progress, *([KeyLog(directory.samples, stop)] if config.log_keys else []),
+        SameData(stop), guard, RankWatch(metrics), metrics, progress,
+        *([KeyLog(directory.samples, stop)] if config.log_keys else []),
         Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
     ]  # fmt: skip
     own: dict[str, Any] = {

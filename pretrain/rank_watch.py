@@ -1,0 +1,135 @@
+"""RankMe of the encoder during training, on a few fixed images, for less than a hundredth of the time."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from datamodules.errors import DataError
+from datamodules.first_images import first_images
+from datamodules.normalize import normalize
+from evaluation.rankme import rankme
+from pretrain.metrics import Metrics
+
+IMAGES = 256
+SHARE = 0.01
+_TRIAL = 8
+
+
+class RankWatch(Callback):
+    """Adds the column `rankme` to rows of metrics.csv: of the encoder that evaluation will use, in evaluation mode.
+
+    The images are the first of the run's order, cut as in evaluation, so they depend on data and seed alone, and so
+    does the value at a step. How often there is one depends on the machine: a pass is made at the next row for which
+    all that was spent on this (reading, and passes; their cost is measured), the pass included, is below SHARE of the
+    time since training began. Weights, random state and stream are not touched. Rank 0 works alone and the others wait
+    for it in the next collective; the encoder must be whole on it (DDP, not sharded).
+
+    Args:
+        metrics: it stands behind this callback and writes the rows.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.spent = 0.0  # seconds
+        self._images: list[Tensor] = []
+        self._source: Iterator[Tensor] | None = None
+        self._batch: Tensor | None = None  # [n c h w] on the host
+        self._began = 0.0
+        self._first_step = 0
+        self._pass_seconds: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clock starts."""
+        self._began, self._first_step = time.perf_counter(), trainer.global_step
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        config: Any = pl_module.encoder_config
+        self._source = first_images(
+            data.order, data.manifest, IMAGES, crop_size=config.image_size, resize=config.resize,
+            channels=config.in_chans, bits=config.bits,
+        )  # fmt: skip
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Reads an image as long as there is time for it; then measures, when a row is due and there is time for it."""
+        if not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        while self._source is not None and self._may_spend(0):
+            self._timed(self._read)
+        if self._batch is None or not self.metrics.due(trainer):
+            return
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()  # what is still queued is training
+        encoder: Any = pl_module.get_submodule(str(pl_module.encoder_prefix).removesuffix("."))
+        if self._pass_seconds is None:
+            # A step goes forwards and backwards over each of its images, which takes longer than a pass over as many.
+            steps = trainer.global_step - self._first_step
+            a_step = (time.perf_counter() - self._began) / max(steps, 1)
+            per_image = a_step * trainer.world_size / trainer.datamodule.global_batch_size  # type: ignore[attr-defined]
+            if not self._may_spend(per_image * min(_TRIAL, len(self._batch))):
+                return
+            trial, batch_now = self._batch[:_TRIAL], self._batch
+            self._pass_seconds = self._timed(lambda: self._measure(trainer, encoder, trial))[1]
+            self._pass_seconds *= len(batch_now) / len(trial)
+        if self._may_spend(self._pass_seconds):
+            images = self._batch
+            value, self._pass_seconds = self._timed(lambda: self._measure(trainer, encoder, images))
+            self.metrics.extra["rankme"] = value
+
+    def _may_spend(self, seconds: float) -> bool:
+        return self.spent + seconds <= SHARE * (time.perf_counter() - self._began)
+
+    def _timed(self, action: Callable[[], Any]) -> tuple[Any, float]:
+        start = time.perf_counter()
+        result = action()
+        seconds = time.perf_counter() - start
+        self.spent += seconds
+        return result, seconds
+
+    def _read(self) -> None:
+        assert self._source is not None
+        try:
+            image = next(self._source, None)
+        except DataError:  # a full disk, say; not worth a run, and the other ranks would wait for this one
+            image = None
+        if image is not None:
+            self._images.append(image)
+            return
+        self._source = None
+        if len(self._images) > 1:
+            self._batch = torch.stack(self._images)
+        self._images = []
+
+    def _measure(self, trainer: Trainer, encoder: Any, images: Tensor) -> float:
+        micro_batch = trainer.datamodule.layout(trainer.world_size).micro_batch  # type: ignore[attr-defined]
+        config, device = encoder.config, trainer.strategy.root_device
+        dtype = next(encoder.parameters()).dtype
+        # Not inference_mode: what an encoder keeps for later (rotary tables) will be needed with gradients.
+        with torch.no_grad(), _evaluating(encoder):
+            rows = [
+                encoder.features(normalize(part.to(device), config.mean, config.std, dtype))
+                for part in images.split(micro_batch)  # type: ignore[no-untyped-call]
+            ]
+            return rankme(torch.cat(rows))
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, uncompiled, for a while: another batch size would have compiled blocks compiled anew.
+
+    Parts of one module may be in different modes before (locked, BatchNorm).
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    compiled = any(part._compiled_call_impl is not None for part, _ in modes)
+    module.eval()
+    try:
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,124 @@
+"""RankMe during a run: what it is, that it changes nothing, and what it costs."""
+
+import csv
+import socket
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from datamodules.first_images import first_images
+from datamodules.normalize import normalize
+from evaluation.rankme import rankme
+from pretrain import rank_watch
+from pretrain import run as run_module
+from pretrain.config import parse
+from pretrain.rank_watch import RankWatch
+from pretrain.run import train
+from tasks import load_encoder
+from tests.pretrain.conftest import SMALL
+from tests.pretrain.processes import OBJECTIVES, end, start
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def run_small(drawn: Path, output: Path, *more: str, objective: str = "mae", callbacks: Any = ()) -> Path:
+    given = [*OBJECTIVES[objective], "--data.train", str(drawn), "--data.workers", "0", "--output", str(output)]
+    if objective == "dino":
+        given += ["--model.freeze_last_layer_epochs", "0"]
+    if objective == "clip":
+        given += ["--data.recipe.captions.templates", "[]"]
+    return train(*parse([*given, "--trainer.max_steps", "4", *more]), callbacks)
+
+
+class Modes(Callback):
+    """In which mode each part of the model is after a step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[bool]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.data: Any = trainer.datamodule  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.seen.append([part.training for part in pl_module.modules()])
+
+
+@pytest.mark.parametrize("objective", ["mae", "dino", "clip"])
+def test_it_measures_the_encoder_that_is_evaluated_and_changes_nothing(
+    objective: str, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--model.encoder.drop_path", "0.3"]
+    monkeypatch.setattr(rank_watch, "SHARE", 0.0)
+    without = run_small(drawn, tmp_path / "without", *more, objective=objective, callbacks=[plain := Modes()])
+    monkeypatch.setattr(rank_watch, "SHARE", 1e6)
+    measured = run_small(drawn, tmp_path / "with", *more, objective=objective, callbacks=[watched := Modes()])
+    assert "rankme" not in rows(without)[0]
+    values = [float(row["rankme"]) for row in rows(measured)]
+    assert len(values) == 4 and all(1 <= value <= 24 for value in values)
+    losses = [[row["train/loss"] for row in rows(run)] for run in (without, measured)]
+    assert losses[0] == losses[1] and plain.seen == watched.seen
+    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (without, measured)]
+    assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
+
+    encoder, data = load_encoder(measured), watched.data  # DINO's is the teacher's
+    images = torch.stack(list(first_images(data.order, data.manifest, 256, crop_size=16, resize=encoder.config.resize)))
+    with torch.no_grad():
+        found = encoder.features(normalize(images, encoder.config.mean, encoder.config.std))
+    assert len(images) == 96 and rankme(found) == pytest.approx(values[-1], rel=1e-4)
+
+
+def test_it_costs_less_than_its_share(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: a step takes 1 s, an image 0.002 s to read, 0.01 s to encode."""
+    monkeypatch.setattr(rank_watch, "SHARE", 0.2)
+    clock = [0.0]
+    monkeypatch.setattr(rank_watch, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    watches: list[RankWatch] = []
+
+    class Clocked(RankWatch):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            watches.append(self)
+
+        def on_train_batch_end(self, trainer: Trainer, *given: Any) -> None:
+            clock[0] += 1
+            super().on_train_batch_end(trainer, *given)
+            assert self.spent <= 0.2 * clock[0] + 0.002
+
+        def _read(self) -> None:
+            clock[0] += 0.002
+            super()._read()
+
+        def _measure(self, trainer: Trainer, encoder: Any, images: torch.Tensor) -> float:
+            clock[0] += 0.01 * len(images)
+            return super()._measure(trainer, encoder, images)
+
+    monkeypatch.setattr(run_module, "RankWatch", Clocked)
+    run = run_small(drawn, tmp_path / "run", "--trainer.max_steps", "30")
+    (watch,) = watches
+    given = [int(row["step"]) for row in rows(run) if row["rankme"]]
+    assert watch.spent <= 0.2 * clock[0]
+    assert 5 <= len(given) <= 8 and max(b - a for a, b in pairwise(given)) <= 6  # a pass costs what is left of 5 steps
+
+
+@pytest.mark.slow
+def test_the_first_of_two_ranks_measures_for_both(drawn: Path, tmp_path: Path) -> None:
+    code = "import sys, pretrain.rank_watch as w; w.SHARE = 1e6; from pretrain.cli import main; sys.exit(main())"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    given = [*SMALL, "--data.train", drawn, "--trainer.max_steps", 3]
+    several = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--output", tmp_path / "two"]
+    ranks = [start([*given, *several], ("-c", code), RANK=rank, LOCAL_RANK=rank, **places) for rank in "01"]
+    alone = start([*given, "--output", tmp_path / "one"], ("-c", code))
+    for code_, error in (end(process, 90) for process in (*ranks, alone)):
+        assert code_ == 0, error
+    one, two = ([float(row["rankme"]) for row in rows(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 3 and two == pytest.approx(one, rel=1e-3)
