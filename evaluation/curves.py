@@ -7,9 +7,9 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.loss_curve import smooth
 from evaluation.run_files import Run
 from evaluation.svg import SERIES, figure, to_svg
-from evaluation.verdict import smooth
 
 TITLES = {
     "train/loss": "Training loss",
