@@ -12,13 +12,14 @@ from evaluation.confusion import confusions
 from evaluation.curves import curves, draw_curves
 from evaluation.errors import EvaluationError
 from evaluation.ranks import one_decimal
-from evaluation.report_pictures import neighbour_section, reconstruction_section
+from evaluation.report_inside import inside_sections
+from evaluation.report_pictures import neighbour_section, reconstruction_section, retrieval_section
 from evaluation.report_tables import bad_counts, differences, facts, outdated, protocols, score_table, test_set
 from evaluation.run_files import Run, read_run
 from evaluation.verdict import judge
 
-RECONSTRUCTIONS, QUERIES = 9, 8
-RECONSTRUCTIONS_OF_SEVERAL, QUERIES_OF_SEVERAL = 3, 4
+RECONSTRUCTIONS, INSIDE, QUERIES = 9, 6, 8
+RECONSTRUCTIONS_OF_SEVERAL, INSIDE_OF_SEVERAL, QUERIES_OF_SEVERAL = 3, 3, 4
 MOST_BAD = 30
 
 
@@ -81,7 +82,9 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         scores=score_table(runs),
         panels=[Markup(draw_curves(name, each, names)) for name, each in curves(runs).items()],
         reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],
+        inside=[inside_sections(run, INSIDE if single else INSIDE_OF_SEVERAL, test_data) for run in runs],
         confused=[(run, confusions(run)) for run in runs if "zeroshot" in run.results],
+        retrieved=[(run, retrieval_section(run)) for run in runs if "retrieval" in run.results],
         neighbours=[neighbour_section(run, queries, cache_dir) for run in runs],
         bad=[(run, bad_counts(run), run.bad[:MOST_BAD]) for run in runs],
         differences=differences(runs),

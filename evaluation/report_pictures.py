@@ -23,7 +23,8 @@ class Section:
     pictures: Sequence[Any] = ()
 
 
-def _open(path: str) -> Manifest:
+def open_data(path: str) -> Manifest:
+    """The manifest of a run's data; EvaluationError when it is not there any more."""
     if not is_remote(path) and "{" not in path and not Path(path).exists():
         raise EvaluationError(f"{path} is not there any more")
     return load_manifest(open_shards(path))
@@ -41,7 +42,7 @@ def reconstruction_section(run: Run, count: int, test_data: str | None) -> Secti
     path, which = (test_data, "test") if test_data else (run.get("data.train"), "train")
     try:
         mae = load_mae(run.path)
-        images = sample_images(_open(str(path)).root, mae.encoder.config, count)
+        images = sample_images(open_data(str(path)).root, mae.encoder.config, count)
         found = draw_reconstructions(reconstruct(mae, images))
     except (TaskError, DataError, EvaluationError) as error:
         return Section(run.name, f"No reconstructions: {error}.")
@@ -67,7 +68,7 @@ def neighbour_section(run: Run, count: int, cache_dir: Path | None) -> Section |
 
     try:
         encoder = load_encoder(run.path)
-        sets = [_open(protocol[which]["path"]) for which in ("train", "test")]
+        sets = [open_data(protocol[which]["path"]) for which in ("train", "test")]
         train, test = (cached_features(encoder, m, cache_dir / "features" if cache_dir else None) for m in sets)
         if train is None or test is None:
             return Section(
@@ -82,3 +83,26 @@ def neighbour_section(run: Run, count: int, cache_dir: Path | None) -> Section |
     total = sum(len(q.neighbours) for q in queries)
     note = f"{len(queries)} test images drawn at random; {right} of their {total} neighbours are of the same class."
     return Section(run.name, note, draw_neighbours(queries, of_test, of_train))
+
+
+def retrieval_section(run: Run) -> Section:
+    """The examples that `retrieval` left in the results of a run: `pictures` are those of images, those of texts."""
+    from evaluation.pictures import load_pictures
+    from evaluation.retrieval_examples import draw_retrieval, example_keys
+    from tasks.encoder_files import load_encoder
+    from tasks.errors import TaskError
+
+    found = run.results["retrieval"]
+    examples = found.get("examples")
+    if not examples:
+        return Section(run.name, "No examples: an earlier version scored this run; evaluate it again.")
+    try:
+        keys = example_keys(examples)
+        images = load_pictures(open_data(found["protocol"]["test"]["path"]), keys, load_encoder(run.path).config)
+    except (TaskError, DataError, EvaluationError) as error:
+        return Section(run.name, f"No examples: {error}.")
+    note = (
+        "Images and texts drawn at random among all that were scored. A text is right for every image that has it; "
+        "where no right one is shown, its place is told."
+    )
+    return Section(run.name, note, draw_retrieval(examples, dict(zip(keys, images, strict=True))))

@@ -84,7 +84,12 @@ def _cell(result: dict[str, Any] | None) -> dict[str, Any] | None:
 def test_set(run: Run) -> dict[str, Any] | None:
     """The protocol of the newest result that names its data; None before any evaluation."""
     return next(
-        (r["protocol"] for r in map(run.results.get, PROBE_NAMES) if r and "test" in r.get("protocol", {})), None
+        (
+            result["protocol"]
+            for result in map(run.results.get, (*PROBE_NAMES, "retrieval"))
+            if result and "test" in result.get("protocol", {})
+        ),
+        None,
     )
 
 

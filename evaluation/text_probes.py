@@ -15,6 +15,7 @@ from evaluation.errors import EvaluationError
 from evaluation.features import Features, Featurizer
 from evaluation.prompts import make_prompts
 from evaluation.retrieval import retrieval
+from evaluation.retrieval_examples import retrieval_examples
 from evaluation.run_files import read_run
 from evaluation.zeroshot import zero_shot
 from tasks.clip import CLIP
@@ -82,8 +83,10 @@ def score_texts(
     if "retrieval" in probes:
         rows, texts_of, without = _captions(test, images, captions)
         owner = np.repeat(np.arange(len(rows)), [len(each) for each in texts_of])
-        encoded = encode_texts(clip, [text for each in texts_of for text in each]).cpu().numpy()
-        found = retrieval(np.asarray(images.x)[rows], encoded, owner)
+        words = [text for each in texts_of for text in each]
+        encoded, vectors = encode_texts(clip, words).cpu().numpy(), np.asarray(images.x)[rows]
+        found = retrieval(vectors, encoded, owner)
+        found["examples"] = retrieval_examples(vectors, encoded, owner, [images.key[row] for row in rows], words)
         found["protocol"] = {"images_without_caption": without, "ties": "count against"}
         results["retrieval"] = found
     return results, images

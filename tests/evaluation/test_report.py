@@ -1,6 +1,7 @@
 import re
 import shutil
 from collections import Counter
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from evaluation.probes import ProbeSettings
 from evaluation.report import report, unique_names
 from evaluation.run_files import read_run
 from evaluation.score import evaluate
+from tasks.encoder_config import EncoderConfig
+from tasks.encoders import Encoder
 from tests.evaluation.conftest import make_run
 
 VOID = {"meta", "img", "br", "path", "use", "link", "input", "hr"}
@@ -88,13 +91,15 @@ def test_everything_is_on_one_page_that_loads_nothing(scored_run: Path) -> None:
     assert "http://" not in text
     assert "https://" not in text
     assert page.tags["script"] == page.tags["link"] == page.tags["b"] - text.count("<b>") == 0
-    assert page.tags["img"] == 9 * 3 + 8 * 6
+    inside = 6 * (1 + 2) + 2 + 6 * 5  # photographs and two heads, those of the only layer again; five of components
+    assert page.tags["img"] == 9 * 3 + 8 * 6 + inside
     assert page.images_without_text == 0
     assert page.tags["svg"] >= 6  # the verdict's sign and the curves
     for words in (
         "of the test images get the right class", "Raw pixels", "Untrained encoder", "Training loss", "Learning rate",
         "Images per second",
         "75% of the patches are hidden", "mean and standard deviation", "neighbours are of the same class", "✓",
+        "in the last layer (of 1)", "head 2", "by-product", "first three principal components",
         "cut off", "<b>k", "temperature", "0.07", "strength", "global_batch_size", "<cat>",
     ):  # fmt: skip
         assert words in page.words, words
@@ -109,7 +114,7 @@ def test_several_runs_side_by_side(scored_run: Path, world: Path, tmp_path: Path
     assert path == tmp_path / "both.html"
     for words in ("runs/mae", "other/mae", "Where the settings differ", "seed", "nothing has been scored yet"):
         assert words in page.words, words
-    assert page.tags["img"] == 2 * 3 * 3 + 4 * 6
+    assert page.tags["img"] == 2 * 3 * 3 + 4 * 6 + 2 * (3 * (1 + 2) + 2 + 3 * 5)
     assert [run.name for run in unique_names([read_run(scored_run), read_run(other)])] == ["runs/mae", "other/mae"]
 
 
@@ -119,6 +124,23 @@ def test_a_run_that_has_only_begun_has_a_page(cache: Path, tmp_path: Path) -> No
     assert "Too early" in page.words
     assert "Nothing has been scored yet" in page.words
     assert "No reconstructions:" in page.words
+    assert "No pictures of the inside of the encoder: " in page.words and "What the patches say" not in page.words
+
+
+def test_encoders_of_other_kinds_show_their_patches_and_say_why_not_more(
+    world: Path, cache: Path, tmp_path: Path
+) -> None:
+    config = EncoderConfig(arch="timm:test_convnext", image_size=64)
+    about = {"format": 1, "objective": "dino", "encoder": asdict(config), "encoder_prefix": "encoder."}
+    (tmp_path / "checkpoints").mkdir()
+    state = {f"encoder.{name}": value for name, value in Encoder(config).state_dict().items()}
+    torch.save({"trivit": about, "state_dict": state}, tmp_path / "checkpoints" / "last.ckpt")
+    (tmp_path / "config.yaml").write_text(
+        f"model: {{class_path: tasks.dino_task.DINOTask}}\ndata: {{train: {world / 'train'}}}\n"
+    )
+    page = Page(report([tmp_path]).read_text())
+    assert "No attention of a class token: timm:test_convnext has no class token." in page.words
+    assert page.tags["img"] == 6 * 5 and "What the patches say" in page.words
 
 
 def test_pictures_that_are_gone_leave_a_reason(scored_run: Path, world: Path, cache: Path) -> None:

@@ -102,6 +102,32 @@ def test_the_report_shows_zero_shot_beside_chance_and_what_is_mistaken(
     assert f"Zero-shot: {found['top1']:.1f}% of the test images" in page and "above chance (25.0)" in page
 
 
+def test_the_report_shows_what_finds_what(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").write_bytes(checkpoint.read_bytes())
+    (run / "config.yaml").write_text("model: {class_path: tasks.clip_task.CLIPTask}\n")
+    found = evaluate(run, test=shards, probes=("retrieval",), progress=False)["retrieval"]
+    page = report([run]).read_text()
+    section = page[page.index("<h2>Retrieval</h2>") :]
+    section = section[: section.index("</section>")]
+    assert section.count("<img") == 6 + 6 * 5 and section.count("<li") == 6 * 3
+    marked = [text["right"] for each in found["examples"]["image_to_text"] for text in each["texts"]]
+    marked += [near["right"] for each in found["examples"]["text_to_image"] for near in each["images"]]
+    assert (
+        section.count('<span class="mark">✓') - 1
+        == sum(marked)
+        < len(marked)
+        == section.count('<span class="mark">✗') - 1 + sum(marked)
+    )
+    first = found["examples"]["image_to_text"][0]
+    assert first["texts"][0]["text"] in section
+    ranks = [each["rank"] for each in found["examples"]["image_to_text"] if each["rank"] > 3]
+    assert all(f"comes in place {rank}." in section for rank in ranks)
+    (run / "results.json").write_text((run / "results.json").read_text().replace(str(shards), str(shards / "moved")))
+    assert "No examples: " in report([run]).read_text()
+
+
 def test_own_names_and_templates(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "names.tsv").write_text("class\tname\n" + "".join(f"{n}\t{n}, {n} paint\n" for n in COLORS))
     (tmp_path / "templates.txt").write_text("a photo of a {}.\nmy {}\n")
