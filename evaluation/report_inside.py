@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from datamodules.errors import DataError
-from evaluation.attention import AttentionPicture, class_attention, draw_class_attention
+from evaluation.attention import AttentionPicture, ClassAttention, class_attention, draw_class_attention
 from evaluation.errors import EvaluationError
 from evaluation.patch_pca import draw_patch_components, patch_components
 from evaluation.report_pictures import Section, open_data
@@ -34,9 +34,12 @@ def inside_sections(run: Run, count: int, test_data: str | None) -> tuple[Sectio
 
 def _attention_section(run: Run, encoder: Encoder, images: Tensor) -> Section:
     try:
-        found = draw_class_attention(class_attention(encoder, images))
+        _, weights = class_attention(encoder, images)
     except (TaskError, EvaluationError) as error:
         return Section(run.name, f"No attention of a class token: {error}.")
+    # one photograph in every layer: of a ViT-H all of them would be 512 pictures each
+    found = draw_class_attention(ClassAttention(images[:1], weights[:, :1]))
+    found += draw_class_attention(ClassAttention(images[1:], weights[-1:, 1:]))
     note = (
         f"The attention that the class token gives to each patch in the last layer (of {len(found[0].layers)}), a "
         "picture for each head. Bright is much, black is none, each picture by its own largest value. " + _spread(found)
