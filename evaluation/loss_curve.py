@@ -49,7 +49,7 @@ def judge_loss(step: NDArray[np.float64], loss: NDArray[np.float64], warmup: int
         where = int(step[edge:][curve[edge:].argmin()])
         return LossHealth("diverged", f"The loss rose again: {best:.3f} around step {where:,}, {end:.3f} at the end.")
     if fallen <= noise:
-        return LossHealth("flat", f"The loss has not fallen: {start:.3f} at the start, {end:.3f} at the end.")
+        return LossHealth("flat", f"The loss has not clearly fallen: {start:.3f} at the start, {end:.3f} at the end.")
     before = len(loss) - max(edge, len(loss) // 5)
     late = float(loss[max(0, before - edge) : before].mean()) - end
     drop = f"from {start:.3f} to {end:.3f}"

@@ -1,5 +1,6 @@
 """A run as it lies on disk: config.yaml, metrics.csv, results.json, bad_samples.jsonl, skipped.tsv."""
 
+import contextlib
 import csv
 import json
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class Run:
     """What a run has written so far.
 
     `metrics`: column -> values, one per row, NaN where a cell is empty; `bad`: those of skipped.tsv (images that
-    could not be packed) and the lines of bad_samples.jsonl.
+    could not be packed) and the lines of bad_samples.jsonl; `non_finite`: the step at which the run ended with a loss
+    or a gradient that was no number, if it has not come further since.
     """
 
     path: Path
@@ -32,6 +34,7 @@ class Run:
     metrics: dict[str, Column]
     results: dict[str, Any]
     bad: list[dict[str, Any]]
+    non_finite: int | None = None
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the config by its dotted key; `init_args` does not show, as on the command line."""
@@ -76,17 +79,19 @@ def read_run(path: Path) -> Run:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{config} is not valid YAML: {error}") from error
+    metrics = read_metrics(path / "metrics.csv")
     return Run(
         path=path,
         name=path.resolve().name,
         config_text=text,
         config=values if isinstance(values, dict) else {},
-        metrics=read_metrics(path / "metrics.csv"),
+        metrics=metrics,
         results=_read_results(path / "results.json"),
         bad=[
             *({"shard": "not packed", "key": name, "reason": reason} for name, reason in skipped_images(path)),
             *_bad_samples(path / "bad_samples.jsonl"),
         ],
+        non_finite=non_finite_step(path / "checkpoints", int(max(metrics.get("step", [0])))),
     )
 
 
@@ -122,6 +127,15 @@ def _read_results(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict):
         raise EvaluationError(f"{path} is not a JSON object: move it away and evaluate again")
     return results
+
+
+def non_finite_step(checkpoints: Path, done: int) -> int | None:
+    """The step at which a run gave up because of NaN, on any rank; None when it has come further since (`done`)."""
+    steps = [0]
+    for note in checkpoints.glob("non_finite_rank*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            steps.append(int(json.loads(note.read_text())["step"]))
+    return max(steps) if max(steps) > done else None
 
 
 def _bad_samples(path: Path) -> list[dict[str, Any]]:

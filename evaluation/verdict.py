@@ -1,16 +1,26 @@
-"""What the numbers of a run mean, in plain words: is the loss healthy, and are the scores above their floors?"""
+"""What the numbers of a run mean, in plain words: does it learn, and are the scores above their floors?"""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from evaluation.loss_curve import judge_loss
+from evaluation.health import State, judge_health
 from evaluation.ranks import one_decimal
 from evaluation.run_files import Run
 
 FLOORS = {"raw_pixels": "raw pixels", "untrained": "the untrained encoder", "chance": "chance"}
 PROBE_NAMES = {"knn": "kNN", "linear": "Linear probe", "zeroshot": "Zero-shot"}
+HEADLINES: dict[State, str] = {
+    "early": "Too early to say anything.",
+    "learning": "It learns; nothing has been scored yet.",
+    "plateau": "Plateau: the loss stays at ln(K), nothing is being learnt.",
+    "one point": "Collapsed to one point: the same is said about every image.",
+    "uniform": "Collapsed to uniform: nothing is said about any image.",
+    "diverging": "The loss has diverged.",
+    "not learning": "The loss does not fall: nothing is being learnt.",
+    "collapsed": "Collapsed: all images have nearly the same vector.",
+}
 SHORT = {"knn": "kNN", "linear": "linear", "zeroshot": "zero-shot"}
 
 
@@ -32,23 +42,16 @@ class Comparison(NamedTuple):
 
 
 def judge(run: Run) -> Verdict:
-    """Loss, progress and scores of a run in a headline and a few sentences."""
-    loss = run.metrics.get("train/loss", np.array([]))
-    health = judge_loss(run.metrics.get("step", np.array([])), loss, warmup_steps(run))
-    details = [_progress(run), health.text]
+    """Progress, health and scores of a run in a headline and a few sentences."""
+    health = judge_health(run)
+    details = [_progress(run), health.reason, *([f"Usual remedy: {health.remedy}."] if health.remedy else [])]
     above = [compare(run.results, probe) for probe in PROBE_NAMES if probe in run.results]
     details += [comparison.text for comparison in above]
     levels = {comparison.level for comparison in above}
-    if health.state == "diverged":
-        return Verdict("bad", "The loss has diverged.", tuple(details))
-    if health.state == "flat":
-        return Verdict("bad", "The loss does not fall: nothing is being learnt.", tuple(details))
+    if health.ill:
+        return Verdict("bad", HEADLINES[health.state], tuple(details))
     if not above:
-        headline = {
-            "early": "Too early to say anything.",
-            "falling": "Training looks healthy; nothing has been scored yet.",
-            "plateau": "The loss has levelled off; nothing has been scored yet.",
-        }[health.state]
+        headline = HEADLINES[health.state]
         return Verdict("fair", headline, (*details, "trivit evaluate tells what the features are worth."))
     if levels == {"above"}:
         headline = "The features are clearly better than raw pixels and than an untrained encoder."
@@ -103,17 +106,6 @@ def side_of(result: dict[str, Any], floor: dict[str, Any]) -> int:
     if difference - np.hypot(result["top1"] - low, floor_high - floor["top1"]) > 0:
         return 1
     return -1 if difference + np.hypot(high - result["top1"], floor["top1"] - floor_low) < 0 else 0
-
-
-def warmup_steps(run: Run) -> int:
-    """Steps of warm-up as configured; 0 when the config does not tell."""
-    steps, epochs = run.get("model.warmup_steps"), run.get("model.warmup_epochs")
-    if isinstance(steps, int):
-        return steps
-    seen = run.metrics.get("epoch", np.array([]))
-    if isinstance(epochs, int | float) and len(seen) and seen[-1] > 0:
-        return round(epochs * run.step / float(seen[-1]))
-    return 0
 
 
 def _progress(run: Run) -> str:

@@ -27,6 +27,7 @@ from pretrain.checks import check, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
 from pretrain.errors import Interrupted, RunError, RunFailure
 from pretrain.guard import FiniteGuard
+from pretrain.health_watch import HealthWatch
 from pretrain.key_log import KeyLog
 from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
@@ -130,7 +131,7 @@ def _trainer(
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
     callbacks = [
         SameData(stop), guard, RankWatch(metrics), metrics, progress,
-        *([KeyLog(directory.samples, stop)] if config.log_keys else []),
+        HealthWatch(metrics, plain(config)), *([KeyLog(directory.samples, stop)] if config.log_keys else []),
         Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
     ]  # fmt: skip
     own: dict[str, Any] = {

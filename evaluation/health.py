@@ -1,0 +1,231 @@
+"""Whether a run learns, from the numbers it has logged: one verdict in plain words, with the usual remedy.
+
+Nothing here knows sizes: thresholds are shares of ln(K) (K prototypes) or ln(B) (B pairs compared at once), lengths of
+vectors that are 1 long, or nats between one answer for all images and a different one for each. The DINO ones were set
+on ViTs of 2 and 3 blocks (24 and 64 wide, K = 64 and 256, up to 250 steps); what was tried beyond (K = 65,536 for 100
+steps, tests/pretrain/test_illnesses.py) agrees, no long run has yet.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from evaluation.loss_curve import judge_loss
+from evaluation.run_files import Run
+
+State = Literal["early", "learning", "plateau", "one point", "uniform", "diverging", "not learning", "collapsed"]
+NAMES: dict[State, str] = {
+    "early": "too early to say",
+    "learning": "learning",
+    "plateau": "plateau at ln(K)",
+    "one point": "collapsed to one point",
+    "uniform": "collapsed to uniform",
+    "diverging": "diverging",
+    "not learning": "not learning",
+    "collapsed": "collapsed",
+}
+LOWER_RATE = "lower the learning rate or warm up for longer"
+REMEDIES: dict[State, str] = {
+    "plateau": f"{LOWER_RATE}; lower model.warmup_teacher_temp, freeze the last layer for longer, take fewer "
+    "prototypes or a larger batch",
+    "one point": f"{LOWER_RATE}; centre the teacher (model.center_momentum 0.9, not nearly 1) or take model.targets "
+    "sinkhorn",
+    "uniform": f"sharpen the teacher (model.teacher_temp 0.04 to 0.07, well below model.student_temp); {LOWER_RATE}",
+    "diverging": f"{LOWER_RATE}, clip gradients, use bf16 or fp32 instead of fp16, and begin anew or from an earlier "
+    "checkpoint",
+    "not learning": f"look at some images and captions (trivit shards inspect); {LOWER_RATE}, or raise it where it is "
+    "tiny",
+    "collapsed": f"{LOWER_RATE}; look whether captions differ (train/caption_distinct)",
+}
+ROWS = 3
+"""Rows that are looked at, by their median; a verdict needs as many."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """A state, the sentence that says why, and what usually helps ("" when nothing needs to)."""
+
+    state: State
+    reason: str
+    remedy: str = ""
+
+    @property
+    def name(self) -> str:
+        """The state in words."""
+        return NAMES[self.state]
+
+    @property
+    def ill(self) -> bool:
+        """Whether somebody should do something."""
+        return self.state not in ("early", "learning")
+
+    @property
+    def line(self) -> str:
+        """All of it in one line."""
+        return f"{self.name}. {self.reason}" + (f" Usual remedy: {self.remedy}." if self.remedy else "")
+
+
+def judge_health(run: Run) -> Health:
+    """What the newest rows of a run say.
+
+    early: fewer than 3 rows, or still within `settled`. DINO: see `_dino`, CLIP: `_clip`, others: `_by_loss`.
+    """
+    if run.non_finite is not None:
+        return _ill("diverging", f"The loss or a gradient became NaN or infinite at step {run.non_finite:,}.")
+    if (norms := run.metrics.get("train/grad_norm")) is not None and len(norms) >= ROWS:
+        lost = int((~np.isfinite(norms[-8:])).sum())
+        if lost > len(norms[-8:]) // 2:
+            return _ill("diverging", f"Gradients were not finite in {lost} of the last {len(norms[-8:])} rows.")
+    if "train/teacher_entropy" in run.metrics:
+        return _dino(run)
+    if "train/uniformity" in run.metrics:
+        return _clip(run)
+    return _by_loss(run)
+
+
+def settled(run: Run, at_least: int) -> int:
+    """The step from which a run can be expected to show what becomes of it.
+
+    Behind warm-up and frozen phases by 2% of the run, and by `at_least` steps.
+    """
+    return busy(run) + max(at_least, (run.max_steps or 0) // 50)
+
+
+def busy(run: Run) -> int:
+    """Steps until the learning rate has warmed up and nothing is frozen any more, as configured."""
+    seen = run.metrics.get("epoch", np.array([]))
+    steps_per_epoch = run.step / float(seen[-1]) if len(seen) and seen[-1] > 0 else 0.0
+    lengths = [0.0]
+    for name in ("warmup_epochs", "freeze_last_layer_epochs", "head_warmup_epochs"):
+        epochs = run.get(f"model.{name}")
+        lengths.append(epochs * steps_per_epoch if isinstance(epochs, int | float) else 0.0)
+    steps = run.get("model.warmup_steps")
+    return round(max(*lengths, steps if isinstance(steps, int) else 0.0))
+
+
+def newest(run: Run, name: str) -> float:
+    """Median of a column over the newest rows, NaN without any."""
+    values = run.metrics.get(name, np.array([]))[-ROWS:]
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def prototypes(run: Run) -> int:
+    """K of a DINO run."""
+    count = run.get("model.head.prototypes")
+    return count if isinstance(count, int) and count > 1 else 65536
+
+
+def pairs(run: Run) -> int:
+    """B of a CLIP run: pairs that are compared with each other."""
+    batch = newest(run, "train/effective_batch")
+    return max(2, round(batch)) if math.isfinite(batch) else int(run.get("data.global_batch_size", 2))
+
+
+def chance_loss(run: Run) -> float:
+    """Loss of a CLIP that knows nothing: ln(B), and for SigLIP that of saying 1/B for every pair."""
+    b = pairs(run)
+    one_of_many = math.log(b)
+    return one_of_many if run.get("model.loss") != "sigmoid" else one_of_many + (b - 1) * math.log(b / (b - 1))
+
+
+def _dino(run: Run) -> Health:
+    """What targets and features say, most certain first.
+
+    one point: targets use fewer than 3 prototypes and not more and more (from step 40 on); or features all point the
+        same way; or a target says nothing about its image (its mutual information with it is below 0.003 nats)
+        though it is far from uniform.
+    uniform: the teacher's entropy is within 0.3% of ln(K); the student may still be on its way there.
+    diverging: the loss is more than 1 nat above ln(K), that of a student that knows nothing. (It can reach ln(K) + 20
+        or so. Small runs that learn have been seen up to 0.4 nats above: students too sure of local views.)
+    plateau: the loss is within 1.5% of ln(K), and what is left to learn is less than 2% of ln(K).
+    """
+    rows, step = len(run.metrics["step"]), run.step
+    k, most = prototypes(run), math.log(prototypes(run))
+    entropy, kl = newest(run, "train/teacher_entropy"), newest(run, "train/kl")
+    used, spread = newest(run, "train/prototypes_used"), newest(run, "train/feature_std")
+    if rows < ROWS:
+        return _early(run, settled(run, 20))
+    told = math.log(max(used, 1e-9)) - entropy
+    course = run.metrics["train/prototypes_used"][-ROWS:]
+    in_use = f"{used:,.{1 if used < 10 else 0}f} of {k:,} prototypes are in use"
+    done = step >= settled(run, 20)
+    images = min(int(run.get("data.device_batch_size", 64)), int(run.get("data.global_batch_size", 64)))
+    if step >= 40 and used < 3 and course[-1] < 1.2 * course[0] and images >= 8:
+        return _ill("one point", f"Only {in_use}.")
+    if done and spread < 0.05:
+        return _ill("one point", f"The features of all images point the same way (standard deviation {spread:.3f}).")
+    if done and told < 0.003 and entropy < 0.9 * most:
+        return _ill("one point", "The teacher says the same about every image.")
+    if done and entropy > 0.997 * most:
+        text = f"The teacher finds all {k:,} prototypes alike for every image: its entropy is {entropy:.3f}, ln(K) is"
+        return _ill("uniform", f"{text} {most:.3f}.")
+    if done and entropy + kl > most + 1:
+        return _ill("diverging", f"The loss, {entropy + kl:.2f}, is above that of a student that guesses, {most:.2f}.")
+    if done and entropy + kl > 0.985 * most and kl < 0.02 * most:
+        return _ill("plateau", f"The loss, {entropy + kl:.3f}, stays at ln({k:,}) = {most:.3f}.")
+    if not done:
+        return _early(run, settled(run, 20))
+    return Health("learning", f"The student has {kl:.2f} nats left to learn from the teacher, {in_use}.")
+
+
+def _clip(run: Run) -> Health:
+    """What the joint space says.
+
+    collapsed: uniformity above -0.02: all images, and all texts, have one vector.
+    not learning: the loss is no more than 1% below that of guessing, of what there is to win with these captions.
+    diverging: the loss rose again, by 5% of that of guessing at least.
+    """
+    rows, loss, chance = len(run.metrics["step"]), newest(run, "train/loss"), chance_loss(run)
+    uniformity, distinct = newest(run, "train/uniformity"), newest(run, "train/caption_distinct")
+    if rows < ROWS or run.step < settled(run, 200):
+        return _early(run, settled(run, 200))
+    if uniformity > -0.02:
+        return _ill("collapsed", f"All images have nearly one vector, and all texts (uniformity {uniformity:.3f}).")
+    curve = run.metrics["train/loss"]
+    course = judge_loss(run.metrics["step"], curve, busy(run))
+    if course.state == "diverged" and loss > float(np.nanmin(curve)) + 0.05 * chance:
+        return _ill("diverging", course.text)
+    # b captions of which a share is distinct: the rest can only be guessed.
+    to_win = math.log(max(pairs(run) * distinct, 1)) if math.isfinite(distinct) else chance
+    if loss > chance - 0.01 * to_win:
+        few = f" Only {distinct:.0%} of the captions of a batch are distinct." if distinct < 0.5 else ""
+        text = f"The loss, {loss:.3f}, is not below that of guessing one of {pairs(run):,} pairs, {chance:.3f}.{few}"
+        return _ill("not learning", text)
+    right, wrong = newest(run, "train/positive_similarity"), newest(run, "train/hardest_negative")
+    text = f"The loss, {loss:.2f}, is below that of guessing, {chance:.2f}; an image and its text have a cosine of"
+    return Health("learning", f"{text} {right:.2f}, the most similar other text {wrong:.2f}.{_remarks(run)}")
+
+
+def _remarks(run: Run) -> str:
+    scale, most = newest(run, "train/logit_scale"), run.get("model.max_logit_scale")
+    if isinstance(most, int | float) and scale > 0.999 * most:
+        return f" logit_scale is at its bound, {most:g}: usual late in a long run, early on a sign of too high a rate."
+    return ""
+
+
+def _by_loss(run: Run) -> Health:
+    """What the loss curve says; MAE's loss on normalised patches is 1 when each patch's mean is guessed."""
+    loss = run.metrics.get("train/loss", np.array([]))
+    course = judge_loss(run.metrics.get("step", np.array([])), loss, busy(run))
+    if course.state == "diverged":
+        return _ill("diverging", course.text)
+    if course.state == "early" or run.step < settled(run, 100):
+        return _early(run, settled(run, 100))
+    if course.state == "flat":
+        return _ill("not learning", course.text)
+    if run.get("model.norm_pix_loss") is True and (level := newest(run, "train/loss")) > 0.99:
+        return _ill("not learning", f"The loss, {level:.3f}, is that of guessing the mean of each patch, 1.")
+    return Health("learning", course.text)
+
+
+def _ill(state: State, reason: str) -> Health:
+    return Health(state, reason, REMEDIES[state])
+
+
+def _early(run: Run, until: int) -> Health:
+    if run.max_steps is not None and until >= run.max_steps:
+        return Health("early", f"The run is too short: it would have to go on past step {until:,}.")
+    return Health("early", f"A verdict comes after step {until:,}.")

@@ -1,0 +1,84 @@
+"""What the numbers of a run's health are called, and what they mean, for people who have not read the papers."""
+
+import math
+from typing import NamedTuple
+
+from evaluation.health import newest, pairs, prototypes
+from evaluation.run_files import Run
+
+
+class Number(NamedTuple):
+    """A column of metrics.csv: its title, and what its values mean; `meaning` may name K, ln_K and B."""
+
+    title: str
+    meaning: str
+
+
+NUMBERS = {
+    "train/teacher_entropy": Number(
+        "Teacher entropy", "in nats: 0 if one prototype takes all of an image, {ln_K:.2f} = ln({K:,}) if it takes all "
+        "prototypes alike; in a run that learns it lies between",
+    ),
+    "train/kl": Number(
+        "Teacher-student divergence", "in nats: what the student has left to learn from the teacher; 0 after a collapse"
+    ),
+    "train/prototypes_used": Number(
+        "Prototypes in use", "1 if all images of a batch share one, {K:,} if all are used alike"
+    ),
+    "train/feature_std": Number(
+        "Feature standard deviation", "0 if the features of all images point the same way, 1 if they point in all "
+        "directions",
+    ),
+    "train/center_norm": Number(
+        "Norm of the centre", "length of the mean of the teacher's logits; it levels off in a run that learns"
+    ),
+    "rankme": Number(
+        "RankMe", "how many directions the features of some fixed training images use: 1 after a collapse, at most the "
+        "encoder's width; to be compared within a run and between encoders of one width",
+    ),
+    "train/alignment": Number(
+        "Alignment", "mean squared distance of an image and its text: 0 if they are the same, 2 if they are unrelated"
+    ),
+    "train/uniformity": Number(
+        "Uniformity", "0 if all images have one vector, and all texts; about -4 if they spread over the whole sphere"
+    ),
+    "train/modality_gap": Number(
+        "Modality gap", "distance of the mean image and the mean text: 0 if they mix, 2 if they lie on opposite sides; "
+        "some is usual (0.82 in OpenAI's CLIP, arXiv:2203.02053)",
+    ),
+    "train/positive_similarity": Number("Similarity of pairs", "mean cosine of an image and its text: 1 at best"),
+    "train/hardest_negative": Number(
+        "Hardest negative", "mean cosine of an image and the most similar other text: below that of pairs once most "
+        "images are recognised",
+    ),
+    "train/logit_scale": Number(
+        "Logit scale", "factor on the cosines (inverse temperature): it rises as the model gets surer, up to "
+        "model.max_logit_scale",
+    ),
+    "train/effective_batch": Number("Effective batch", "pairs that are compared with each other, over all ranks"),
+}  # fmt: skip
+
+
+def meaning(name: str, run: Run) -> str:
+    """What a column of NUMBERS means in this run."""
+    k = prototypes(run)
+    return NUMBERS[name].meaning.format(K=k, ln_K=math.log(k), B=pairs(run))
+
+
+def told(run: Run) -> list[str]:
+    """A line for each number of health that the run has logged: its title, its newest value, what it means."""
+    lines = []
+    for name, number in NUMBERS.items():
+        values = run.metrics.get(name)
+        value = math.nan if values is None else newest(run, name)
+        if values is not None and math.isnan(value):  # a column with gaps
+            seen = values[values == values]
+            value = float(seen[-1]) if len(seen) else math.nan
+        if not math.isnan(value):
+            lines.append(f"{number.title} {shown(value)}: {meaning(name, run)}")
+    return lines
+
+
+def shown(value: float) -> str:
+    """Three digits that count, no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.3f}"

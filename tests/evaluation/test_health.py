@@ -1,0 +1,165 @@
+"""Verdicts on tables whose state is known, at any number of prototypes and any length; real runs are in
+tests/pretrain/test_illnesses.py."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evaluation.health import Health, chance_loss, judge_health
+from evaluation.health_words import NUMBERS, told
+from evaluation.run_files import Run, non_finite_step
+from evaluation.verdict import HEADLINES, judge
+
+SIZES = [(64, 120, 10), (256, 250, 25), (1024, 3125, 312), (65536, 375_300, 12_510)]  # K, steps, warm-up
+
+
+def table(steps: int, rows: int = 60, **columns: Any) -> dict[str, np.ndarray]:
+    """Columns of a run of that many steps; a number stands for a constant, a function gets the share done (0 to 1)."""
+    share = np.arange(1, rows + 1) / rows
+    values = {
+        name: np.array([value(x) if callable(value) else value for x in share]) for name, value in columns.items()
+    }
+    return {"step": np.round(share * steps), "epoch": share * 10, **{f"train/{k}": v for k, v in values.items()}}
+
+
+def dino(k: int, steps: int, warmup: int, **columns: Any) -> Run:
+    entropy, kl = columns.pop("entropy"), columns.pop("kl")
+    columns = {"teacher_entropy": entropy, "kl": kl, "loss": lambda x: at(entropy, x) + at(kl, x), **columns}
+    model = {"head": {"prototypes": k}, "warmup_steps": warmup, "freeze_last_layer_epochs": 0.1}
+    config = {"trainer": {"max_steps": steps}, "model": {"init_args": model}, "data": {"device_batch_size": 64}}
+    return run(config, table(steps, **columns))
+
+
+def at(value: Any, x: float) -> float:
+    return float(value(x) if callable(value) else value)
+
+
+def run(config: dict[str, Any], metrics: dict[str, np.ndarray]) -> Run:
+    return Run(Path("runs/x"), "x", "", config, metrics, {}, [])
+
+
+def state(run: Run) -> str:
+    return judge_health(run).state
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dino_at_any_size(size: tuple[int, int, int]) -> None:
+    k, log_k = size[0], math.log(size[0])
+    healthy = {"entropy": 0.85 * log_k, "kl": 0.05 * log_k, "prototypes_used": 0.8 * k, "feature_std": 0.5}
+    for changes, expected in (
+        ({}, "learning"),
+        # what a long run ends with, which is sure of each image
+        ({"entropy": 0.3 * log_k, "kl": 0.02 * log_k, "prototypes_used": 0.7 * k}, "learning"),
+        # a loss that rises as the teacher's temperature does
+        ({"entropy": lambda x: (0.5 + 0.4 * x) * log_k}, "learning"),
+        ({"entropy": 0.2, "kl": 0.1, "prototypes_used": 1.6}, "one point"),
+        ({"entropy": 0.0, "kl": 0.0, "prototypes_used": 1.0}, "one point"),
+        ({"feature_std": 0.02}, "one point"),
+        ({"entropy": 0.5 * log_k, "kl": 0.0, "prototypes_used": k**0.5}, "one point"),
+        ({"entropy": 0.9999 * log_k, "kl": 1e-4, "prototypes_used": k}, "uniform"),
+        ({"entropy": 0.99 * log_k, "kl": 0.008 * log_k, "prototypes_used": 0.99 * k}, "plateau"),
+        ({"entropy": 0.6 * log_k, "kl": 0.4 * log_k + 1.5, "prototypes_used": 0.9 * k}, "diverging"),
+    ):  # fmt: skip
+        assert state(dino(*size, **{**healthy, **changes})) == expected, changes
+
+
+def test_dino_is_given_time() -> None:
+    """Before the warm-up is over and something can be seen; and a centre that has only begun to move."""
+    flat = {"entropy": 5.54, "kl": 1e-4, "prototypes_used": 255.9, "feature_std": 0.4}
+    first = {name: column[:10] for name, column in dino(256, 250, 25, **flat).metrics.items()}  # up to step 42
+    whole = dino(256, 250, 25, **flat)
+    early = judge_health(run(whole.config, first))
+    assert early.state == "early" and "after step 45" in early.reason and not early.ill
+    assert state(whole) == "uniform"
+    whole.config["model"]["init_args"]["freeze_last_layer_epochs"] = 9.5  # of 10
+    assert state(whole) == "early"
+    rising = {"entropy": 0.5, "kl": 0.5, "feature_std": 0.4, "prototypes_used": lambda x: math.exp(8 * x)}
+    moving = dino(256, 300, 200, **rising)
+    few = {name: column[:8] for name, column in moving.metrics.items()}  # up to step 40
+    assert 2.8 < few["train/prototypes_used"][-1] < 3 and state(run(moving.config, few)) == "early"
+    short = judge_health(dino(256, 30, 25, **flat))
+    assert short.state == "early" and "too short" in short.reason
+    assert state(run(whole.config, {})) == "early"
+
+
+def clip(
+    loss: Any, *, kind: str = "softmax", distinct: float = 1.0, scale: float = 20.0, uniformity: float = -1.0
+) -> Run:
+    config = {"trainer": {"max_steps": 1000}, "model": {"loss": kind, "warmup_steps": 50, "max_logit_scale": 100.0}}
+    numbers = {"positive_similarity": 0.4, "hardest_negative": 0.3, "caption_distinct": distinct, "logit_scale": scale}
+    return run(config, table(1000, loss=loss, uniformity=uniformity, effective_batch=256.0, **numbers))
+
+
+def test_clip() -> None:
+    chance = math.log(256)
+    falling = lambda x: chance * (1 - 0.6 * x)  # noqa: E731
+    assert state(clip(falling)) == "learning"
+    assert state(clip(falling, uniformity=-0.001)) == "collapsed"
+    assert state(clip(chance - 0.01)) == "not learning"
+    assert state(clip(1.2 * chance)) == "not learning"
+    again = clip(lambda x: falling(x) if x < 0.5 else chance * (0.7 + 0.5 * (x - 0.5)))
+    assert state(again) == "diverging"
+    # with a few distinct captions a loss near that of guessing may be all there is to win
+    assert state(clip(chance - 0.03, distinct=0.01)) == "learning"
+    lost = judge_health(clip(chance, distinct=0.01))
+    assert lost.state == "not learning" and "Only 1% of the captions" in lost.reason
+    assert "bound" in judge_health(clip(falling, scale=100.0)).reason
+
+
+def test_siglip_is_compared_with_saying_one_of_b_for_every_pair() -> None:
+    chance = chance_loss(clip(1.0, kind="sigmoid"))
+    p = 1 / 256
+    assert chance == pytest.approx(-(math.log(p) + 255 * math.log(1 - p)))
+    assert state(clip(chance, kind="sigmoid")) == "not learning"
+    assert state(clip(lambda x: chance * (1.5 - x), kind="sigmoid")) == "learning"
+
+
+def test_mae() -> None:
+    config = {"trainer": {"max_steps": 1000}, "model": {"norm_pix_loss": True, "warmup_steps": 50}}
+    noise = np.random.default_rng(0).normal(0, 0.004, 60)
+    for loss, expected in (
+        (lambda x: 0.6 + 0.7 * math.exp(-8 * x), "learning"),
+        (lambda x: 1.0 + 0.3 * math.exp(-8 * x), "not learning"),
+        (lambda x: 1.3, "not learning"),
+        (lambda x: 0.6 + 0.7 * math.exp(-8 * x) if x < 0.6 else 1.2, "diverging"),
+        (lambda x: 0.9 if x < 0.6 else math.nan, "diverging"),
+    ):  # fmt: skip
+        metrics = table(1000, loss=loss)
+        metrics["train/loss"] += noise
+        assert state(run(config, metrics)) == expected
+
+
+def test_what_is_not_finite(tmp_path: Path) -> None:
+    healthy = dino(256, 250, 25, entropy=4.5, kl=0.4, prototypes_used=200, feature_std=0.5)
+    healthy.metrics["train/grad_norm"] = np.where(np.arange(60) < 55, 1.0, np.inf)
+    assert state(healthy) == "diverging"
+    healthy.metrics["train/grad_norm"] = np.where(np.arange(60) == 57, np.inf, 1.0)  # a gradient scaler tries its luck
+    assert state(healthy) == "learning"
+    assert non_finite_step(tmp_path, 5) is None
+    (tmp_path / "non_finite_rank0.json").write_text(json.dumps({"step": 9}))
+    (tmp_path / "non_finite_rank1.json").write_text("{")
+    assert non_finite_step(tmp_path, 5) == 9 and non_finite_step(tmp_path, 9) is None
+    ended = Run(healthy.path, "x", "", healthy.config, healthy.metrics, {}, [], non_finite=9)
+    assert "at step 9" in judge_health(ended).reason and judge(ended).tone == "bad"
+
+
+def test_an_ill_run_is_bad_whatever_it_scores_and_the_remedy_is_named() -> None:
+    ill = dino(256, 250, 25, entropy=0.2, kl=0.1, prototypes_used=1.6, feature_std=0.4)
+    verdict = judge(Run(ill.path, "x", "", ill.config, ill.metrics, {"knn": {"top1": 90.0}}, []))
+    assert verdict.tone == "bad" and verdict.headline == HEADLINES["one point"]
+    assert any("1.6 of 256 prototypes" in line for line in verdict.details)
+    assert any(line.startswith("Usual remedy: ") and "centre the teacher" in line for line in verdict.details)
+
+
+def test_every_number_has_words() -> None:
+    columns = {name.removeprefix("train/"): 0.5 for name in NUMBERS if name != "rankme"}
+    found = run({"model": {"head": {"prototypes": 256}}}, table(100, **columns))
+    found.metrics["rankme"] = np.where(np.arange(60) == 20, 12.345, np.nan)  # not in every row
+    lines = told(found)
+    assert len(lines) == len(NUMBERS) and any(line.startswith("RankMe 12.3: ") for line in lines)
+    assert any("5.55 = ln(256)" in line for line in lines) and not any("{" in line for line in lines)
+    assert isinstance(judge_health(found), Health)
