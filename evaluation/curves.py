@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.health_words import NUMBERS
 from evaluation.loss_curve import smooth
 from evaluation.run_files import Run
 from evaluation.svg import SERIES, figure, to_svg
@@ -17,6 +18,7 @@ TITLES = {
     "train/images_per_second": "Images per second",
     "train/data_wait": "Time spent waiting for data",
     "train/grad_norm": "Gradient norm",
+    **{name: number.title for name, number in NUMBERS.items()},
 }
 NOT_DRAWN = {"step", "epoch", "seconds"}
 EXACT = {"train/lr"}

@@ -1,6 +1,7 @@
 """What the numbers of a run's health are called, and what they mean, for people who have not read the papers."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from evaluation.health import newest, pairs, prototypes
@@ -63,6 +64,17 @@ def meaning(name: str, run: Run) -> str:
     """What a column of NUMBERS means in this run."""
     k = prototypes(run)
     return NUMBERS[name].meaning.format(K=k, ln_K=math.log(k), B=pairs(run))
+
+
+def meaning_for(name: str, runs: Sequence[Run]) -> str:
+    """What a column of NUMBERS means in runs that are drawn over each other: in each, where they differ."""
+    by_meaning: dict[str, list[str]] = {}
+    for run in runs:
+        if name in run.metrics:
+            by_meaning.setdefault(meaning(name, run), []).append(run.name)
+    if len(by_meaning) == 1:
+        return next(iter(by_meaning))
+    return "; ".join(f"{', '.join(names)}: {words}" for words, names in by_meaning.items())
 
 
 def told(run: Run) -> list[str]:

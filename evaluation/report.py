@@ -11,6 +11,7 @@ from datamodules.sidecars import cannot_write, write_aside
 from evaluation.confusion import confusions
 from evaluation.curves import curves, draw_curves
 from evaluation.errors import EvaluationError
+from evaluation.health_words import NUMBERS, meaning_for
 from evaluation.ranks import one_decimal
 from evaluation.report_inside import inside_sections
 from evaluation.report_pictures import neighbour_section, reconstruction_section, retrieval_section
@@ -72,6 +73,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
     rebuilt = RECONSTRUCTIONS if single else RECONSTRUCTIONS_OF_SEVERAL
     queries = QUERIES if single else QUERIES_OF_SEVERAL
     test_data = next((protocol["test"]["path"] for protocol in map(test_set, runs) if protocol), None)
+    drawn = {name: Markup(draw_curves(name, each, names)) for name, each in curves(runs).items()}
     return environment.get_template("report.html.jinja").render(
         title=" · ".join(names),
         css=Markup((Path(__file__).parent / "report.css").read_text()),
@@ -80,7 +82,8 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         runs=runs,
         verdicts=[(run, judge(run), outdated(run), facts(run)) for run in runs],
         scores=score_table(runs),
-        panels=[Markup(draw_curves(name, each, names)) for name, each in curves(runs).items()],
+        health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
+        panels=[panel for name, panel in drawn.items() if name not in NUMBERS],
         reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],
         inside=[inside_sections(run, INSIDE if single else INSIDE_OF_SEVERAL, test_data) for run in runs],
         confused=[(run, confusions(run)) for run in runs if "zeroshot" in run.results],

@@ -3,6 +3,7 @@ tests/pretrain/test_illnesses.py."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from evaluation.health import Health, chance_loss, judge_health
-from evaluation.health_words import NUMBERS, told
+from evaluation.health_words import NUMBERS, meaning_for, told
 from evaluation.run_files import Run, non_finite_step
 from evaluation.verdict import HEADLINES, judge
 
@@ -163,3 +164,12 @@ def test_every_number_has_words() -> None:
     assert len(lines) == len(NUMBERS) and any(line.startswith("RankMe 12.3: ") for line in lines)
     assert any("5.55 = ln(256)" in line for line in lines) and not any("{" in line for line in lines)
     assert isinstance(judge_health(found), Health)
+
+
+def test_runs_drawn_over_each_other_share_words_where_they_can() -> None:
+    columns = {"teacher_entropy": 4.0, "kl": 0.5}
+    small, large, same = (run({"model": {"head": {"prototypes": k}}}, table(100, **columns)) for k in (256, 1024, 256))
+    assert meaning_for("train/kl", [small, large]) == NUMBERS["train/kl"].meaning
+    assert "ln(256)" in meaning_for("train/teacher_entropy", [small, same])
+    both = meaning_for("train/teacher_entropy", [replace(small, name="a"), replace(large, name="b")])
+    assert both.startswith("a: in nats") and "ln(256)" in both and "; b: in nats" in both and "ln(1,024)" in both
