@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import NoReturn
 
-ROOMS_WITH_ERRORS = ("pretrain", "evaluation", "tasks", "datamodules")
+ROOMS_WITH_ERRORS = ("pretrain", "evaluation", "tasks", "datamodules", "slurm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def user_message(error: Exception) -> str | None:
     """The line for a mistake that a user can repair, or None when the error is a bug of ours."""
     kinds = [import_module(f"{room}.errors") for room in ROOMS_WITH_ERRORS]
-    names = ("RunError", "EvaluationError", "TaskError", "DataError")
+    names = ("RunError", "EvaluationError", "TaskError", "DataError", "SlurmError")
     known = tuple(getattr(kind, name) for kind, name in zip(kinds, names, strict=True))
     if isinstance(error, known):
         return " ".join(str(error).split())
@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_slurm(commands)
     return parser
 
 
@@ -159,6 +160,22 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     export.add_argument(
         "--format", choices=["safetensors", "open_clip"], default="safetensors", help="open_clip: a folder, both towers"
     )
+
+
+def _add_slurm(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from slurm.submit import add_options
+
+    slurm = commands.add_parser("slurm", help="run on a SLURM cluster")
+    kinds = slurm.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    submit = _command(
+        kinds,
+        "submit",
+        _submit,
+        "write the batch script of a run and submit it; what is not listed here goes to trivit pretrain",
+    )
+    submit.set_defaults(takes_rest=True)
+    submit.allow_abbrev = False  # or --acc would not reach trivit pretrain
+    add_options(submit)
 
 
 def _synth(arguments: argparse.Namespace, _: list[str]) -> int | None:
@@ -250,6 +267,12 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int | None:
         save_encoder(load_encoder(arguments.source), arguments.output)
     print(arguments.output)
     return 0
+
+
+def _submit(arguments: argparse.Namespace, rest: list[str]) -> int | None:
+    from slurm.submit import submit
+
+    return submit(arguments, rest)
 
 
 if __name__ == "__main__":

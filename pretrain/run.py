@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
@@ -148,6 +149,9 @@ def _trainer(
         "use_distributed_sampler": False,
         "default_root_dir": str(directory.path),
     }
+    if SLURMEnvironment.detect():
+        # Lightning's own requeueing saves inside the signal handler; ours does where all ranks agree (`stop`).
+        own["plugins"] = [*_as_list(settings.plugins), SLURMEnvironment(auto_requeue=False)]
     try:
         return Trainer(**{**dict(settings), **own}), progress
     except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
@@ -257,6 +261,7 @@ def _quiet() -> None:
         ".*litlogger.*",
         ".*isinstance.*LeafSpec.*",
         ".*in eval mode at the start.*",
+        ".*`srun` command is available.*",
         ".*overridden .on_before_batch_transfer.*",
     ):
         warnings.filterwarnings("ignore", message=message)

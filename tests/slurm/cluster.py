@@ -1,0 +1,143 @@
+"""A throw-away SLURM of two nodes on this machine, for tests and for trying things out; needs root.
+
+    apt-get install -y slurm-wlm munge
+    python -m tests.slurm.cluster start DIR      # prints: export SLURM_CONF=DIR/slurm.conf
+    python -m tests.slurm.cluster stop DIR
+
+Partition `main` is preempted by partition `urgent`, with some seconds of grace.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+NODES = ("n1", "n2")
+
+CONFIG = """
+ClusterName=trivit
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CryptoType=crypto/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+KillWait=20
+MailProg=/bin/true
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+{nodes}
+PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing() -> list[str]:
+    """What keeps a cluster from starting here."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    return [name for name in PROGRAMS if shutil.which(name, path=path) is None] + (["root"] if os.geteuid() else [])
+
+
+def start(folder: Path) -> Path:
+    """Start everything; returns slurm.conf, whose path belongs into SLURM_CONF."""
+    (folder / "state").mkdir(parents=True)
+    folder.chmod(0o755)
+    key = folder / "munge.key"
+    key.write_bytes(secrets.token_bytes(128))
+    key.chmod(0o400)
+    munge = ["--key-file", key, "--socket", folder / "munge.socket", "--pid-file", folder / "munged.pid"]
+    munge += ["--log-file", folder / "munged.log", "--seed-file", folder / "munged.seed", "--force"]
+    _run("munged", *munge)
+    host, ports = socket.gethostname().split(".")[0], _free_ports(len(NODES) + 1)
+    nodes = [
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000 State=UNKNOWN"
+        for name, port in zip(NODES, ports[1:], strict=True)
+    ]
+    config = folder / "slurm.conf"
+    config.write_text(CONFIG.format(folder=folder, host=host, controller=ports[0], nodes="\n".join(nodes)))
+    _run("slurmctld", "-i", "-f", config)
+    for name in NODES:
+        (folder / name).mkdir()
+        _run("slurmd", "-f", config, "-N", name)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        idle = subprocess.run(
+            ["sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D"], env=os.environ | {"SLURM_CONF": str(config)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if idle.stdout.strip() == str(len(NODES)):
+            return config
+        time.sleep(0.3)
+    logs = "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
+    stop(folder)
+    raise RuntimeError(f"no SLURM within a minute:\n{logs}")
+
+
+def stop(folder: Path) -> None:
+    """End what was started in this folder."""
+    names = [*NODES, "slurmctld", "munged"]
+    for name in names:
+        _signal(folder / f"{name}.pid", signal.SIGTERM)
+    until = time.monotonic() + 15
+    while time.monotonic() < until and any(_signal(folder / f"{name}.pid", 0) for name in names):
+        time.sleep(0.2)
+    for name in names:
+        _signal(folder / f"{name}.pid", signal.SIGKILL)
+
+
+def _signal(pid_file: Path, signum: int) -> bool:
+    try:
+        os.kill(int(pid_file.read_text()), signum)
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return False
+    return True
+
+
+def _run(program: str, *arguments: object) -> None:
+    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") or program
+    subprocess.run([found, *map(str, arguments)], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in ("start", "stop"):
+        sys.exit(__doc__)
+    if lacking := missing():
+        sys.exit(f"a SLURM cluster needs {', '.join(lacking)} (apt-get install slurm-wlm munge, as root)")
+    if sys.argv[1] == "start":
+        print(f"export SLURM_CONF={start(Path(sys.argv[2]).resolve())}")
+    else:
+        stop(Path(sys.argv[2]).resolve())

@@ -1,0 +1,138 @@
+"""Jobs on a real SLURM of two nodes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from datamodules.synth import synth
+from tests.pretrain.processes import OBJECTIVES, end, losses, samples, start
+from tests.slurm import cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
+STEPS = 400
+PROGRAM = f"{sys.executable} -m pretrain.cli"
+TRAIN = [
+    *OBJECTIVES["mae"], "--log_keys", "true", "--checkpoint_every", "1000", "--data.device_batch_size", "4",
+    "--data.workers", "1", "--trainer.max_steps", str(STEPS),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a user of the cluster."""
+    if lacking := cluster.missing():
+        assert "TRIVIT_REQUIRE_SLURM" not in os.environ, f"CI must have {lacking}"
+        pytest.skip(f"no SLURM here: {', '.join(lacking)}")
+    folder = tmp_path_factory.mktemp("slurm")
+    config = cluster.start(folder)
+    yield {**os.environ, "SLURM_CONF": str(config), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    cluster.stop(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "train"
+    synth(folder, samples=330, size=24, seed=5, samples_per_shard=40)
+    return folder
+
+
+def call(slurm: dict[str, str], *command: object) -> str:
+    done = subprocess.run(list(map(str, command)), env=slurm, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def submit(slurm: dict[str, str], images: Path, run: Path, *more: object) -> list[str]:
+    """Numbers of the jobs."""
+    program = [*PROGRAM.split(), "slurm", "submit", *TRAIN, "--data.train", images, "--output", run, "--nodes", 2]
+    return re.findall(r"^job (\d+):", call(slurm, *program, "--program", PROGRAM, *more), re.MULTILINE)
+
+
+def state(slurm: dict[str, str], job: str) -> str:
+    return re.findall(r"JobState=(\S+)", call(slurm, "scontrol", "show", "job", "-o", job))[0]
+
+
+def wait(slurm: dict[str, str], job: str, *states: str, seconds: float = 200) -> str:
+    until = time.monotonic() + seconds
+    while (now := state(slurm, job)) not in states:
+        assert time.monotonic() < until, f"job {job} is {now}, not {states}"
+        time.sleep(0.5)
+    return now
+
+
+def reach(slurm: dict[str, str], job: str, run: Path, step: int, seconds: float = 200) -> None:
+    until = time.monotonic() + seconds
+    while max(samples(run), default=0) < step:
+        log = run / "slurm" / f"{job}.out"
+        assert time.monotonic() < until, log.read_text() if log.exists() else "not started"
+        time.sleep(0.05)
+
+
+def test_preempted_requeued_resumed_evaluated(slurm: dict[str, str], images: Path, tmp_path: Path) -> None:
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    several = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
+    job, evaluation = submit(
+        slurm, images, run, "--evaluate-train", images, "--evaluate-test", images, "--probes", "knn"
+    )  # fmt: skip
+    assert state(slurm, evaluation) == "PENDING"
+    reach(slurm, job, run, 5)
+    urgent = ["sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2"]
+    preemptor = call(slurm, *urgent).strip()
+    whole = start([*TRAIN, "--data.train", images, *several, "--output", undisturbed])
+    wait(slurm, preemptor, "COMPLETED")
+    assert end(whole)[0] == 0
+    wait(slurm, job, "COMPLETED")
+    log = (run / "slurm" / f"{job}.out").read_text()
+    saved = re.search(r"SIGTERM received: saved .* at step (\d+) of", log)
+    assert saved is not None and 5 <= int(saved[1]) < STEPS, log
+    assert "interrupted with a checkpoint: queued again" in log and " start 1 on n[1-2]" in log
+    assert f"resuming {run} at step {saved[1]} of {STEPS}" in log
+    assert samples(run) == samples(undisturbed) and list(samples(run)) == list(range(1, STEPS + 1))
+    assert losses(run) == losses(undisturbed)
+    wait(slurm, evaluation, "COMPLETED")
+    assert json.loads((run / "results.json").read_text())["knn"]["top1"] > 0
+    assert (run / "report.html").exists()
+
+
+def test_cancelled_saves_and_is_not_queued_again(slurm: dict[str, str], images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (job,) = submit(slurm, images, run, "--trainer.max_steps", 100_000)
+    reach(slurm, job, run, 3)
+    call(slurm, "scancel", job)
+    assert wait(slurm, job, "CANCELLED", "PENDING") == "CANCELLED"
+    assert "SIGTERM received: saved" in (run / "slurm" / f"{job}.out").read_text()
+    assert (run / "checkpoints/last.ckpt").exists()
+
+
+def test_a_lost_node_and_a_killed_rank(slurm: dict[str, str], images: Path, tmp_path: Path) -> None:
+    """Both go on from the last checkpoint."""
+    run = tmp_path / "run"
+    (job,) = submit(slurm, images, run, "--trainer.max_steps", 100_000, "--checkpoint_every", 50)
+    reach(slurm, job, run, 60)
+    call(slurm, "scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    wait(slurm, job, "PENDING")
+    call(slurm, "scontrol", "update", "nodename=n2", "state=idle")
+    wait(slurm, job, "RUNNING")
+    log = run / "slurm" / f"{job}.out"
+    reach(slurm, job, run, max(samples(run)) + 60)
+    os.kill(ranks(run)[0], signal.SIGKILL)
+    wait(slurm, job, "PENDING")
+    assert "after a new checkpoint: queued again" in log.read_text()
+    call(slurm, "scancel", job)
+
+
+def ranks(run: Path) -> list[int]:
+    """Processes that train in this folder, loader workers too."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"pretrain.cli pretrain.*{run} "], capture_output=True, text=True, check=False
+    )
+    own = [int(pid) for pid in found.stdout.split()]
+    return [pid for pid in own if b"srun" not in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -1,0 +1,133 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from slurm.errors import SlurmError
+from slurm.job import Job, evaluate_script, pretrain_script, seconds
+
+RUN = Path("/runs/a run")
+
+
+def script(job: Job, program=("trivit", "pretrain", "--config", "mae_demo", "--data.train", "/data/two words")) -> str:
+    return pretrain_script(job, "trivit slurm submit", RUN / "slurm/pretrain.sbatch", RUN, list(program))
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("90", 5400), ("2:30", 150), ("24:00:00", 86400), ("2-0", 172800), ("1-2:30", 95400), ("0-0:0:9", 9)],
+)
+def test_time_limits(limit, expected):
+    assert seconds(limit) == expected
+
+
+@pytest.mark.parametrize("limit", ["", "one day", "1:2:3:4", "-5", "1-", "1.5", "-1-2"])
+def test_what_is_no_time_limit(limit):
+    with pytest.raises(SlurmError, match="no time limit of SLURM"):
+        seconds(limit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nodes": 0}, "--nodes 0 must be at least 1"),
+        ({"gpus_per_node": -1}, "--gpus-per-node -1"),
+        ({"gpus_per_node": 4, "tasks": 2}, "make it 4"),
+        ({"time": "soon"}, "--time soon"),
+        ({"time": "4:00"}, "leaves no time to train"),
+        ({"partition": "a b"}, "--partition 'a b' must be one word"),
+        ({"account": ""}, "--account '' must be one word"),
+        ({"environment": {"A-B": "1"}}, "write NAME=VALUE"),
+        ({"sbatch": ["constraint=h100"]}, "must be one option"),
+        ({"sbatch": ["--a\n#SBATCH --b"]}, "must be one option"),
+    ],
+)
+def test_what_slurm_could_not_take(settings, message):
+    with pytest.raises(SlurmError, match=message):
+        Job("run", **settings)
+
+
+def options(text: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+
+
+def test_what_the_job_asks_for():
+    job = Job(
+        "b16", nodes=4, gpus_per_node=8, cpus_per_task=12, mem="900G", partition="gpu", account="vision", qos="high",
+        time="24:00:00", grace=300, sbatch=["--constraint=h100"],
+    )  # fmt: skip
+    assert job.world_size == 32
+    assert options(script(job)) == [
+        "--job-name=b16", "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--mem=900G",
+        "--partition=gpu", "--account=vision", "--qos=high", "--time=24:00:00", "--signal=USR1@300", "--requeue",
+        "--open-mode=append", "--output=/runs/a run/slurm/%j.out", "--constraint=h100",
+    ]  # fmt: skip
+
+
+def test_a_small_job_asks_for_little():
+    assert options(script(Job("small"))) == [
+        "--job-name=small", "--nodes=1", "--ntasks-per-node=1", "--requeue", "--open-mode=append",
+        "--output=/runs/a run/slurm/%j.out",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("job", [Job("small"), Job("large", 2, 8, time="9:00:00", container="apptainer exec x.sif")])
+def test_scripts_are_bash_and_quote_what_needs_it(job, tmp_path):
+    job = Job(**{**vars(job), "environment": {"GREETING": "it's $HOME"}, "setup": ["module load cuda"]})
+    texts = [script(job), evaluate_script(job, "x", RUN, ["trivit", "evaluate", "a b"], ["trivit", "report", "a b"])]
+    for text in texts:
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        first = next(line for line in text.splitlines() if line.startswith("export GREETING"))
+        said = subprocess.run(["bash", "-c", f'{first}; echo "$GREETING"'], capture_output=True, text=True, check=True)
+        assert said.stdout == "it's $HOME\n"
+        assert "\nmodule load cuda\n" in text and "{{" not in text
+    assert "--data.train '/data/two words'" in texts[0] and "checkpoint='/runs/a run/checkpoints/last.ckpt'" in texts[0]
+    assert "trivit evaluate 'a b'\n" in texts[1]
+
+
+FAKES = {
+    "scontrol": """#!/bin/bash
+case "$1 $2" in
+    "show hostnames") echo n1; echo n2 ;;
+    "show node") echo "NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.7 Port=6818" ;;
+    "show job") echo "JobId=7 JobState=$JOB_STATE Reason=None" ;;
+    "requeue 7") echo requeue >> "$CALLS" ;;
+esac
+""",
+    "srun": """#!/bin/bash
+echo "$MASTER_ADDR:$MASTER_PORT" >> "$CALLS"
+[ -n "$CHECKPOINT" ] && mkdir -p "$(dirname "$CHECKPOINT")" && echo new > "$CHECKPOINT"
+exit "$CODE"
+""",
+    "sleep": "#!/bin/bash\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "checkpoint", "requeued", "said"),
+    [
+        (0, "RUNNING", False, False, "finished"),
+        (99, "RUNNING", True, True, "interrupted with a checkpoint: queued again"),
+        (99, "COMPLETING", True, False, "SLURM itself is ending the job"),
+        (143, "RUNNING", False, True, "before training began: queued again"),
+        (138, "RUNNING", False, False, "raise --time"),
+        (2, "RUNNING", True, False, "the settings are wrong"),
+        (1, "RUNNING", True, True, "failed (exit code 1) after a new checkpoint: queued again"),
+        (1, "RUNNING", False, False, "without a new checkpoint: not queued again"),
+        (137, "RUNNING", False, False, "without a new checkpoint"),
+    ],
+)
+def test_how_a_run_ends_decides_what_follows(tmp_path, code, state, checkpoint, requeued, said):
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    calls, run = tmp_path / "calls", tmp_path / "run"
+    text = pretrain_script(Job("run"), "x", run / "slurm/pretrain.sbatch", run, ["trivit", "pretrain"])
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "CALLS": str(calls),
+        "CODE": str(code), "JOB_STATE": state, "CHECKPOINT": str(run / "checkpoints/last.ckpt") if checkpoint else "",
+    }  # fmt: skip
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=environment, check=False)
+    assert done.returncode == code and done.stderr == ""
+    assert said in done.stdout.splitlines()[-1]
+    assert calls.read_text().splitlines() == ["10.0.0.7:20007", *(["requeue"] if requeued else [])]

@@ -1,0 +1,101 @@
+import subprocess
+import sys
+
+import pytest
+
+from pretrain.cli import main
+
+TRAIN = ["--config", "mae_demo", "--data.train", "/data/train", "--trainer.max_steps=5"]
+
+
+def submit(*arguments: object) -> int:
+    try:
+        return main(["slurm", "submit", *map(str, arguments)])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_dry_run_shows_the_scripts_and_writes_nothing(tmp_path, capsys):
+    run = tmp_path / "run"
+    more = [
+        "--nodes",
+        2,
+        "--gpus-per-node",
+        4,
+        "--time",
+        "8:00:00",
+        "--evaluate-train",
+        "/d/t",
+        "--evaluate-test",
+        "/d/v",
+    ]
+    assert submit(*TRAIN, "--output", run, *more, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"# ---- {run}/slurm/pretrain.sbatch\n#!/bin/bash\n" in shown and f"# ---- {run}/slurm/evaluate.sbatch" in shown
+    )
+    words = shown.replace("\\\n", " ").split()
+    for pair in (
+        "--trainer.num_nodes 2", "--trainer.devices 4", "--trainer.strategy ddp", "--trainer.accelerator gpu",
+        "--trainer.max_steps 5", f"--output {run}", "--train /d/t", "--test /d/v",
+    ):  # fmt: skip
+        name, value = pair.split()
+        assert any(words[i : i + 2] == [name, value] for i in range(len(words))), pair
+    assert not run.exists()
+
+
+def test_one_process_needs_no_strategy(tmp_path, capsys):
+    assert submit(*TRAIN, "--output", tmp_path / "run", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "--trainer.accelerator cpu" in shown and "strategy" not in shown and "evaluate" not in shown
+
+
+def test_strategy_and_accelerator_may_be_chosen(tmp_path, capsys):
+    more = ["--nodes", 2, "--trainer.strategy=ddp_find_unused_parameters_true", "--trainer.accelerator", "gpu"]
+    assert submit(*TRAIN, "--output", tmp_path / "run", *more, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    command = [line for line in shown.splitlines() if not line.startswith("#")]
+    assert [sum(name in line for line in command) for name in ("--trainer.strategy", "--trainer.accelerator")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", 2], "--output is missing"),
+        (["--output"], "--output is missing"),
+        (["--output", "run", "--trainer.devices", 4], "--trainer.devices follows from --nodes"),
+        (["--output", "run", "--trainer.num_nodes=2"], "--trainer.num_nodes follows from --nodes"),
+        (["--output", "run", "--env", "HOME"], "write NAME=VALUE"),
+        (["--output", "run", "--probes", "knn"], "need --evaluate-test"),
+        (["--output", "run", "--time", "soon"], "no time limit of SLURM"),
+        (["--output", "run", "--nodes", "two"], "invalid int value: 'two'"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments, message, capsys):
+    assert submit(*TRAIN, *arguments, "--dry-run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("trivit: ") and message in line
+
+
+def test_without_slurm_the_user_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit(*TRAIN, "--output", tmp_path / "run") == 2
+    assert "there is no sbatch here" in capsys.readouterr().err
+
+
+def test_what_slurm_refuses_is_told(tmp_path, monkeypatch, capsys):
+    fake = tmp_path / "sbatch"
+    fake.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert submit(*TRAIN, "--output", tmp_path / "run", "--partition", "gpu") == 2
+    assert "SLURM refuses the job: sbatch: error: invalid partition specified: gpu" in capsys.readouterr().err
+
+
+def test_submitting_needs_no_torch():
+    code = (
+        "import sys; from pretrain.cli import main\n"
+        "main(['slurm', 'submit', '--config', 'x', '--output', '/tmp/none', '--dry-run'])\n"
+        "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
