@@ -180,7 +180,7 @@ def _clip(run: Run) -> Health:
     """
     rows, loss, chance = len(run.metrics["step"]), newest(run, "train/loss"), chance_loss(run)
     uniformity, distinct = newest(run, "train/uniformity"), newest(run, "train/caption_distinct")
-    if rows < ROWS or run.step < settled(run, 200):
+    if rows < ROWS or (run.step < settled(run, 200) and not loss < 0.9 * chance):  # what is good may be told at once
         return _early(run, settled(run, 200))
     if uniformity > -0.02:
         return _ill("collapsed", f"All images have nearly one vector, and all texts (uniformity {uniformity:.3f}).")

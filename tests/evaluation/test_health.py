@@ -109,6 +109,10 @@ def test_clip() -> None:
     lost = judge_health(clip(chance, distinct=0.01))
     assert lost.state == "not learning" and "Only 1% of the captions" in lost.reason
     assert "bound" in judge_health(clip(falling, scale=100.0)).reason
+    for loss, expected in ((0.95 * chance, "early"), (0.8 * chance, "learning")):  # 200 steps behind the warm-up
+        young = clip(loss)
+        young.metrics.update({name: column[:14] for name, column in young.metrics.items()})
+        assert young.step < 250 and state(young) == expected
 
 
 def test_siglip_is_compared_with_saying_one_of_b_for_every_pair() -> None:
