@@ -1,0 +1,107 @@
+"""Training steps of two sides against each other: their CPU time in turns, and the memory each needs by itself."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from datamodules.shard_datamodule import Layout
+from pretrain.checks import fill_in
+from pretrain.config import instantiate, parse
+from tasks.task import PretrainTask
+
+Step = Callable[[], float]  # takes one training step and gives its loss
+STEPS_PER_EPOCH = 1000
+
+
+def task_of(config: str, *options: str) -> Any:
+    """Task and datamodule (not set up) as a run builds them from a YAML of `configs/` and options on top."""
+    fixed = [] if "--data.train" in options else ["--data.train", "nowhere"]
+    cli, told = parse(["--config", config, "--output", "nowhere", "--seed", "0", *fixed, *options])
+    fill_in(told)
+    return instantiate(cli, told)
+
+
+class TaskStep:
+    """A task's own hooks as Lightning calls them in an optimiser step, without Lightning.
+
+    Args:
+        task: as built for a run.
+        batch_size: samples of a step.
+        next_batch: gives a batch, normalised.
+    """
+
+    def __init__(self, task: PretrainTask, batch_size: int, next_batch: Callable[[], dict[str, Any]]) -> None:
+        layout = Layout(batch_size, batch_size, 1)
+        data = SimpleNamespace(
+            global_batch_size=batch_size, steps_per_epoch=STEPS_PER_EPOCH, seed=0, layout=lambda world_size: layout
+        )
+        self.place = SimpleNamespace(
+            global_step=0, max_steps=10 * STEPS_PER_EPOCH, world_size=1, global_rank=0, accumulate_grad_batches=1,
+            datamodule=data, precision_plugin=None,
+        )  # fmt: skip
+        task.trainer = self.place  # type: ignore[assignment]
+        self.task, self.optimizer, self.next_batch = task.train(), task.configure_optimizers(), next_batch
+
+    def __call__(self) -> float:
+        """One step; its loss."""
+        task, step = self.task, self.place.global_step
+        losses: list[float] = []
+        batch = task.on_before_batch_transfer(self.next_batch(), 0)
+        task.on_train_batch_start(batch, step)
+
+        def closure() -> torch.Tensor:
+            loss: torch.Tensor = task.training_step(batch, step)["loss"]
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if type(task).configure_gradient_clipping is not LightningModule.configure_gradient_clipping:
+                task.configure_gradient_clipping(self.optimizer)
+            losses.append(loss.item())
+            return loss
+
+        task.optimizer_step(0, step, self.optimizer, closure)
+        self.place.global_step += 1
+        return losses[0]
+
+
+def in_turns(sides: Sequence[Step], rounds: int, warm_up: int = 1) -> list[float]:
+    """Median CPU seconds of a step of each side; they take turns, and another one begins each round."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    for turn in range(warm_up + rounds):
+        order = list(enumerate(sides))
+        for i, step in order[turn % len(sides) :] + order[: turn % len(sides)]:
+            start = time.process_time()
+            step()
+            if turn >= warm_up:
+                seconds[i].append(time.process_time() - start)
+    return [statistics.median(each) for each in seconds]
+
+
+def peak_memory(make: Callable[..., Step], *arguments: Any, steps: int = 3) -> float:
+    """MiB that a process of its own grows to at most while it builds a side by `make(*arguments)` and takes steps."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_grow, make, arguments, steps).result()
+
+
+def _grow(make: Callable[..., Step], arguments: Sequence[Any], steps: int) -> float:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    before = _resident("VmRSS")
+    step = make(*arguments)
+    for _ in range(steps):
+        step()
+    return _resident("VmHWM") - before
+
+
+def _resident(what: str) -> float:
+    """Linux's own account: unlike `ru_maxrss` it does not begin with the memory of the process that started this."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
