@@ -20,7 +20,7 @@ TITLES = {
     "train/grad_norm": "Gradient norm",
     **{name: number.title for name, number in NUMBERS.items()},
 }
-NOT_DRAWN = {"step", "epoch", "seconds"}
+NOT_DRAWN = {"step", "epoch", "seconds", "train/peak_memory"}  # the last is a number, among the facts
 EXACT = {"train/lr"}
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), (0, (8, 2, 1, 2, 1, 2)))
 MOST_POINTS = 600

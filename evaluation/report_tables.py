@@ -31,6 +31,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ):
             if len(metrics.get(name, ())) and np.isfinite(metrics[name]).any():
                 found.append((label, form.format(float(np.nanmedian(metrics[name])))))
+        if np.isfinite(memory := metrics.get("train/peak_memory", np.array([np.nan]))).any():
+            found.append(("peak memory of a process", f"{np.nanmax(memory):.1f} GiB"))
     return found
 
 

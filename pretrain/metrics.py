@@ -5,6 +5,8 @@ Values are summed on the device and read only when a row is written, so an accel
 
 import contextlib
 import csv
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +91,7 @@ class Metrics(Callback):
             values["train/grad_norm"] = float(self.guard.grad_norm)
         values["train/images_per_second"] = (step - self._clock_step) * data.global_batch_size / elapsed
         values["train/data_wait"] = min(1.0, self.phases.take("data") / elapsed)
+        values["train/peak_memory"] = peak_memory(trainer.strategy.root_device)
         row = {"step": step, "epoch": step / data.steps_per_epoch, "seconds": self._seconds, **values, **self.extra}
         self.newest, self.extra = row, {}
         if trainer.is_global_zero:
@@ -138,6 +141,14 @@ class Metrics(Callback):
         state = checkpoint["metrics"]
         self._seconds, self._row_step = float(state["seconds"]), int(state["row_step"])
         self._sums = {name: total.to(trainer.strategy.root_device) for name, total in state["sums"].items()}
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in GiB that this process has held so far: of its GPU, by tensors; without one, of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    units = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units / 2**30
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

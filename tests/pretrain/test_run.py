@@ -57,7 +57,11 @@ def test_a_run_leaves_what_the_contract_names(
         "train/images_per_second",
         "train/grad_norm",
         "train/data_wait",
+        "train/peak_memory",
     } <= rows[0].keys()
+    with_torch, here = 0.1, 64.0  # GiB
+    peaks = [float(row["train/peak_memory"]) for row in rows]
+    assert with_torch < peaks[0] and peaks == sorted(peaks) and peaks[-1] < here
     assert float(rows[0]["train/lr"]) == 0.0  # the first iteration of the original schedule
     assert float(rows[-1]["epoch"]) == pytest.approx(8 / 6)
     config = yaml.safe_load((run / "config.yaml").read_text())
