@@ -42,11 +42,12 @@ def judge_loss(step: NDArray[np.float64], loss: NDArray[np.float64], warmup: int
         return LossHealth("early", f"It is too early to judge the loss: {why}.")
     curve = smooth(loss)
     edge = max(2, len(loss) // 20)
-    start, end, best = float(loss[:edge].mean()), float(loss[-edge:].mean()), float(curve[edge:].min())
+    start, end = float(loss[:edge].mean()), float(loss[-edge:].mean())
+    best = min(end, float(curve[edge:-edge].min()))  # nearer to the end the curve is hardly smooth
     noise = 4 * float(np.diff(loss).std()) / np.sqrt(edge)  # four standard errors of a difference of two such means
     fallen = start - best
     if end > start + noise or (end - best > max(0.5 * fallen, noise) and fallen > noise):
-        where = int(step[edge:][curve[edge:].argmin()])
+        where = int(step[edge:-edge][curve[edge:-edge].argmin()])
         return LossHealth("diverged", f"The loss rose again: {best:.3f} around step {where:,}, {end:.3f} at the end.")
     if fallen <= noise:
         return LossHealth("flat", f"The loss has not clearly fallen: {start:.3f} at the start, {end:.3f} at the end.")

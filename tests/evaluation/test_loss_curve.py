@@ -46,3 +46,10 @@ def test_smoothing_keeps_level_and_ends() -> None:
     line = np.arange(50.0)
     np.testing.assert_allclose(smooth(line), line)
     assert smooth(np.random.default_rng(0).normal(size=400)).std() < 0.4
+
+
+def test_a_single_low_value_at_the_end_is_no_best_that_was_lost() -> None:
+    steps = np.arange(1.0, 2001)
+    loss = 1 - 0.1 * steps / 2000 + np.random.default_rng(0).normal(0, 0.02, 2000)
+    loss[-1] = 0.7
+    assert judge_loss(steps, loss).state == "falling"
