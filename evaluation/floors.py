@@ -103,7 +103,7 @@ def _raw_pixels(
     data = measure(PixelFeatures(config, side), aside)
     results = {}
     for probe in probes:
-        used = min(side, LINEAR_SIDE) if probe == "linear" else side
+        used = side if probe == "knn" else min(side, LINEAR_SIDE)
         small = replace(
             data, train=shrink_pixels(data.train, used, channels), test=shrink_pixels(data.test, used, channels)
         )

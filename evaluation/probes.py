@@ -4,14 +4,15 @@ A result is plain data for results.json, in percent: {"top1", "top5" (with more 
 top-1, for the sampling of test images), "protocol", ...}.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import knn, linear
+from evaluation.attributes import Attribute
 from evaluation.errors import EvaluationError
 from evaluation.ranks import interval, top
 
@@ -20,13 +21,14 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Features x [n d], labels [n] in one numbering, and the number of classes c."""
+    """Features x [n d], labels [n] in one numbering, the number of classes c, and what else is known of the images."""
 
     train: NDArray[np.float32]
     train_label: NDArray[np.int64]
     test: NDArray[np.float32]
     test_label: NDArray[np.int64]
     classes: int
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,33 @@ def score_linear(data: ProbeData, settings: ProbeSettings) -> Result:
     return {**_tops(probe.rank, data.classes), "protocol": protocol}
 
 
+def score_attributes(data: ProbeData, settings: ProbeSettings) -> Result:
+    """The linear probe for each attribute instead of the class; top1 is their mean, `of` has the result of each."""
+    few = replace(settings, strengths=settings.strengths[::2])  # so many probes: a decade between two strengths
+    of: dict[str, Result] = {}
+    for name, attribute in data.attributes.items():
+        classes = len(attribute.values)
+        found = score_linear(
+            replace(data, train_label=attribute.train, test_label=attribute.test, classes=classes), few
+        )
+        of[name] = {key: found[key] for key in ("top1", "interval")} | {
+            "values": list(attribute.values),
+            "chance": 100 * float(np.mean(attribute.test == np.bincount(attribute.train).argmax())),
+            "strength": found["protocol"]["strength"],
+        }
+    protocol = {k: v for k, v in found["protocol"].items() if k in ("objective", "strength_grid", "chosen_on", "seed")}
+    mean = float(np.mean([result["top1"] for result in of.values()]))
+    return {"top1": mean, "of": of, "protocol": protocol}
+
+
 TEXT_PROBES = ("zeroshot", "retrieval")
 """Probes that compare images with texts (`text_probes`); they learn nothing and need no train images."""
 
-PROBES: dict[str, Callable[[ProbeData, ProbeSettings], Result]] = {"knn": score_knn, "linear": score_linear}
+PROBES: dict[str, Callable[[ProbeData, ProbeSettings], Result]] = {
+    "knn": score_knn,
+    "linear": score_linear,
+    "attributes": score_attributes,
+}
 
 
 def check_probes(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

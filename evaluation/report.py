@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from datamodules.sidecars import cannot_write, write_aside
+from evaluation.attribute_table import attribute_rows, attribute_sentences
 from evaluation.confusion import confusions
 from evaluation.curves import curves, draw_curves
 from evaluation.errors import EvaluationError
@@ -82,6 +83,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         runs=runs,
         verdicts=[(run, judge(run), outdated(run), facts(run)) for run in runs],
         scores=score_table(runs),
+        attributes=[(run, rows, attribute_sentences(rows)) for run in runs if (rows := attribute_rows(run.results))],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
         panels=[panel for name, panel in drawn.items() if name not in NUMBERS],
         reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],

@@ -16,6 +16,8 @@ from datamodules.console import table
 from datamodules.open_shards import open_shards
 from datamodules.remote import is_remote
 from datamodules.sidecars import cannot_write, write_aside
+from evaluation.attribute_table import attribute_summary
+from evaluation.attributes import Attribute, read_attributes
 from evaluation.errors import EvaluationError
 from evaluation.features import Features, Featurizer, extract, pick_device
 from evaluation.floors import floors as compute_floors
@@ -51,7 +53,7 @@ def evaluate(
         source: a run's directory, a checkpoint, an export, or `timm:NAME`.
         train: labelled images to learn from: tars, class folders, or a tar of them; zeroshot and retrieval need none.
         test: labelled images to score on; classes are matched by name, and nothing is chosen on them.
-        probes: `knn`, `linear`; of a CLIP also `zeroshot`, `retrieval`.
+        probes: `knn`, `linear`, `attributes` (those in the samples' `.json`); of a CLIP also `zeroshot`, `retrieval`.
         output: folder of results.json; None: the run, or nothing is written when `source` is not (in) a run.
         settings: of the probes; None: the papers'.
         templates, class_names: of zeroshot, see `make_prompts`; None: those that the run was trained with, if any.
@@ -101,8 +103,9 @@ def evaluate(
         check_labelled(trained.label, "train")
         check_labelled(tested.label, "test")
         label, classes = match_labels(trained.classes, trained.label, tested.classes, tested.label)
-        return ProbeData(trained.x, trained.label, tested.x, label, len(classes))
+        return ProbeData(trained.x, trained.label, tested.x, label, len(classes), attributes)
 
+    attributes: dict[str, Attribute] = {}
     results: dict[str, Any] = {}
     told: list[str] = []
     if learned and train is not None:
@@ -110,6 +113,8 @@ def evaluate(
         if progress and train_root.resolve() == test_root.resolve():
             print("note: train and test are the same images, so the scores say little", file=sys.stderr)
         trained, tested = read(encoder, train_root), read(encoder, test_root)
+        if "attributes" in learned:
+            attributes |= read_attributes(train_root, trained, test_root, tested)
         data = pair(trained, tested)
         about = shared | {
             "pool": config.pool,
@@ -131,7 +136,10 @@ def evaluate(
                 drop = ("source", "checkpoint", "encoder", "pool")
                 result["protocol"] = {k: v for k, v in about.items() if k not in drop} | result["protocol"]
             results["floors"] = found
-        told.append(summary(results, about))
+        if any(name in NAMES for name in learned):
+            told.append(summary(results, about))
+        if "attributes" in learned:
+            told.append(attribute_summary(results))
     if paired:
         # here, since most users never need the text tower
         from evaluation.text_probes import score_texts, trained_captions
@@ -175,8 +183,8 @@ def results_file(source: str | os.PathLike[str], output: str | os.PathLike[str] 
 def merge(place: Path, results: dict[str, Any]) -> None:
     """Put the results into the file, beside those of other probes that are there already; written aside, renamed.
 
-    Scores of another checkpoint are not kept beside the new ones, nor floors on other test images: they would look
-    comparable.
+    Scores of another checkpoint are not kept beside the new ones, nor floors on other test images than their probe's:
+    they would look comparable.
     """
     old: dict[str, Any] = {}
     if place.exists():
@@ -188,20 +196,20 @@ def merge(place: Path, results: dict[str, Any]) -> None:
             raise EvaluationError(f"{place} is not a JSON object: move it away and evaluate again") from error
     kept = old.pop("floors", None)
     kept = kept if isinstance(kept, dict) else {}
-    now = [_about(result) for name, result in results.items() if name != "floors"]
-    checkpoints = {None, *(checkpoint for checkpoint, _ in now)}
+    checkpoints = {None, *(_about(result)[0] for name, result in results.items() if name != "floors")}
     other = {name for name, result in old.items() if _about(result)[0] not in checkpoints}
     if other:
         print(f"note: dropped {', '.join(sorted(other))}, of another checkpoint", file=sys.stderr)
         old = {name: result for name, result in old.items() if name not in other}
-    tests = [test for _, test in now]
+    scores = old | results
     floors = results.get("floors", {})
     merged = {
-        name: {probe: r for probe, r in kept.get(name, {}).items() if _about(r)[1] in tests} | floors.get(name, {})
+        name: {p: r for p, r in kept.get(name, {}).items() if p in scores and _about(r)[1] == _about(scores[p])[1]}
+        | floors.get(name, {})
         for name in {**kept, **floors}
     }
     merged_floors = {name: floor for name, floor in merged.items() if floor}
-    new = old | results | ({"floors": merged_floors} if merged_floors else {})
+    new = scores | ({"floors": merged_floors} if merged_floors else {})
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_aside(place, (json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())

@@ -138,7 +138,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate.add_argument(
         "--probes",
         default="knn,linear",
-        help="comma-separated: knn,linear (default); for a CLIP also zeroshot, retrieval",
+        help="comma-separated: knn,linear (default), attributes; for a CLIP also zeroshot, retrieval",
     )
     evaluate.add_argument(
         "--templates", metavar="FILE", help="of zeroshot: imagenet (80), simple (7), or a file with {} for the name"

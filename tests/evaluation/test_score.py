@@ -8,7 +8,7 @@ import evaluation
 from datamodules.errors import DataError
 from evaluation.errors import EvaluationError
 from evaluation.probes import ProbeSettings
-from evaluation.score import evaluate, results_file
+from evaluation.score import evaluate, merge, results_file
 from tasks.errors import TaskError
 from tests.evaluation.conftest import CLASSES, make_run, write_images
 
@@ -110,3 +110,16 @@ def test_where_results_go(tmp_path: Path, world: Path) -> None:
 
 def test_from_python_it_is_one_call() -> None:
     assert evaluation.evaluate is evaluate
+
+
+def test_floors_stay_with_the_scores_that_they_are_under(tmp_path: Path) -> None:
+    def on(test: str, top1: float) -> dict[str, Any]:
+        return {"top1": top1, "protocol": {"checkpoint": "one", "test": {"hash": test}}}
+
+    place = tmp_path / "results.json"
+    merge(place, {"knn": on("seen", 30), "floors": {"raw_pixels": {"knn": on("seen", 10)}}})
+    merge(place, {"zeroshot": on("unseen", 40), "floors": {"chance": {"zeroshot": on("unseen", 5)}}})
+    floors = json.loads(place.read_text())["floors"]
+    assert floors == {"raw_pixels": {"knn": on("seen", 10)}, "chance": {"zeroshot": on("unseen", 5)}}
+    merge(place, {"knn": on("unseen", 31)})
+    assert set(json.loads(place.read_text())["floors"]) == {"chance"}
