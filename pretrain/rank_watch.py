@@ -66,20 +66,20 @@ class RankWatch(Callback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()  # what is still queued is training
         encoder: Any = pl_module.get_submodule(str(pl_module.encoder_prefix).removesuffix("."))
+        count = len(self._batch)
         if self._pass_seconds is None:
             # A step goes forwards and backwards over each of its images, which takes longer than a pass over as many.
             steps = trainer.global_step - self._first_step
             a_step = (time.perf_counter() - self._began) / max(steps, 1)
             per_image = a_step * trainer.world_size / trainer.datamodule.global_batch_size  # type: ignore[attr-defined]
-            if not self._may_spend(per_image * min(_TRIAL, len(self._batch))):
+            if not self._may_spend(per_image * min(_TRIAL, count)):
                 return
-            trial, batch_now = self._batch[:_TRIAL], self._batch
-            self._pass_seconds = self._timed(lambda: self._measure(trainer, encoder, trial))[1]
-            self._pass_seconds *= len(batch_now) / len(trial)
-        if self._may_spend(self._pass_seconds):
-            images = self._batch
-            value, self._pass_seconds = self._timed(lambda: self._measure(trainer, encoder, images))
-            self.metrics.extra["rankme"] = value
+            _, seconds = self._timed(lambda: self._measure(trainer, encoder, _TRIAL))
+            self._pass_seconds = seconds * count / min(_TRIAL, count)
+        if self._batch is not None and self._may_spend(self._pass_seconds):
+            value, self._pass_seconds = self._timed(lambda: self._measure(trainer, encoder, count))
+            if value is not None:
+                self.metrics.extra["rankme"] = value
 
     def _may_spend(self, seconds: float) -> bool:
         return self.spent + seconds <= SHARE * (time.perf_counter() - self._began)
@@ -105,16 +105,20 @@ class RankWatch(Callback):
             self._batch = torch.stack(self._images)
         self._images = []
 
-    def _measure(self, trainer: Trainer, encoder: Any, images: Tensor) -> float:
+    def _measure(self, trainer: Trainer, encoder: Any, count: int) -> float | None:
+        """Of the first `count` images; None where there is no memory for it, and then never again."""
+        assert self._batch is not None
         micro_batch = trainer.datamodule.layout(trainer.world_size).micro_batch  # type: ignore[attr-defined]
         config, device = encoder.config, trainer.strategy.root_device
         dtype = next(encoder.parameters()).dtype
         # Not inference_mode: what an encoder keeps for later (rotary tables) will be needed with gradients.
         with torch.no_grad(), _evaluating(encoder):
-            rows = [
-                encoder.features(normalize(part.to(device), config.mean, config.std, dtype))
-                for part in images.split(micro_batch)  # type: ignore[no-untyped-call]
-            ]
+            parts = self._batch[:count].split(micro_batch)  # type: ignore[no-untyped-call]
+            try:
+                rows = [encoder.features(normalize(part.to(device), config.mean, config.std, dtype)) for part in parts]
+            except torch.OutOfMemoryError:
+                self._batch = None
+                return None
             return rankme(torch.cat(rows))
 
 

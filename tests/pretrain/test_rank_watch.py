@@ -96,9 +96,9 @@ def test_it_costs_less_than_its_share(drawn: Path, tmp_path: Path, monkeypatch: 
             clock[0] += 0.002
             super()._read()
 
-        def _measure(self, trainer: Trainer, encoder: Any, images: torch.Tensor) -> float:
-            clock[0] += 0.01 * len(images)
-            return super()._measure(trainer, encoder, images)
+        def _measure(self, trainer: Trainer, encoder: Any, count: int) -> float | None:
+            clock[0] += 0.01 * min(count, 96)
+            return super()._measure(trainer, encoder, count)
 
     monkeypatch.setattr(run_module, "RankWatch", Clocked)
     run = run_small(drawn, tmp_path / "run", "--trainer.max_steps", "30")
@@ -106,6 +106,16 @@ def test_it_costs_less_than_its_share(drawn: Path, tmp_path: Path, monkeypatch: 
     given = [int(row["step"]) for row in rows(run) if row["rankme"]]
     assert watch.spent <= 0.2 * clock[0]
     assert 5 <= len(given) <= 8 and max(b - a for a, b in pairwise(given)) <= 6  # a pass costs what is left of 5 steps
+
+
+def test_a_run_without_room_for_it_goes_on(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rank_watch, "SHARE", 1e6)
+    monkeypatch.setattr("tasks.encoders.Encoder.features", no_memory)
+    run = run_small(drawn, tmp_path / "run")
+    assert len(rows(run)) == 4 and "rankme" not in rows(run)[0]
 
 
 @pytest.mark.slow
