@@ -7,7 +7,9 @@ Axes: n = train images, t = test images.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from evaluation.features import Features
 
 MOST_VALUES = 100
 """A field with more different values is a caption, a name or a number of the image, not a kind of it."""
+
+MOST_CLASSES = 10_000
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,32 @@ def read_attributes(train: Path, trained: Features, test: Path, tested: Features
             "every train and test image, as `trivit shards synth` writes them"
         )
     return found
+
+
+def classed_by(features: Features, root: Path, fields: Sequence[str]) -> Features:
+    """The same features, with all combinations of the values of some `.json` fields as classes ("red circle").
+
+    Args:
+        features: of images in `root`, a folder of shards.
+        fields: names, in the order in which a class says their values.
+
+    Raises:
+        EvaluationError: an image does not have one of them as a text, or there are too many different values.
+    """
+    columns: list[list[str]] = []
+    rows = _fields(root, features)
+    for name in fields:
+        column = [value for row in rows if isinstance(value := row.get(name), str)]
+        if len(column) < len(rows):
+            raise EvaluationError(f"--class-fields {name}: not every test image has that as a text in its .json")
+        columns.append(column)
+    values = [sorted(set(column)) for column in columns]
+    classes = tuple(" ".join(each) for each in product(*values))
+    if not fields or not 1 < len(classes) <= MOST_CLASSES:
+        raise EvaluationError(f"--class-fields make {len(classes):,} classes: there must be 2 to {MOST_CLASSES:,}")
+    place = {name: number for number, name in enumerate(classes)}
+    label = np.array([place[" ".join(each)] for each in zip(*columns, strict=True)], np.int64)
+    return replace(features, label=label, classes=classes)
 
 
 def _fields(root: Path, features: Features) -> list[dict[str, Any]]:

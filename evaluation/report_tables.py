@@ -66,7 +66,7 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
     largest = max(cell["top1"] for row in rows for cell in row["cells"] if cell)
     protocol = next(run.results[p]["protocol"] for run in runs for p in probes if p in run.results)
     return {
-        "probes": [PROBE_NAMES[p] for p in probes],
+        "probes": [_heading(p, runs, protocol) for p in probes],
         "rows": rows,
         "scale": max(largest, 1e-9),
         "majority": protocol.get("majority_class"),
@@ -74,6 +74,14 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
         "images": protocol.get("test", {}).get("images"),
         "k": next((run.results["knn"]["protocol"].get("k") for run in runs if "knn" in run.results), None),
     }
+
+
+def _heading(probe: str, runs: Sequence[Run], main: dict[str, Any]) -> str:
+    """A probe's name, with classes and images where they are others than those that the table's caption names."""
+    own = next(run.results[probe]["protocol"] for run in runs if probe in run.results)
+    classes, images = own.get("classes"), own.get("test", {}).get("images")
+    same = (classes, images) == (main.get("classes"), main.get("test", {}).get("images"))
+    return PROBE_NAMES[probe] + ("" if same else f" ({classes} classes, {images:,} images)")
 
 
 def _cell(result: dict[str, Any] | None) -> dict[str, Any] | None:

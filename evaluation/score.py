@@ -40,6 +40,7 @@ def evaluate(
     settings: ProbeSettings | None = None,
     templates: str | Sequence[str] | None = None,
     class_names: str | None = None,
+    class_fields: Sequence[str] | None = None,
     floors: bool = True,
     device: str | None = None,
     batch_size: int = 256,
@@ -57,6 +58,7 @@ def evaluate(
         output: folder of results.json; None: the run, or nothing is written when `source` is not (in) a run.
         settings: of the probes; None: the papers'.
         templates, class_names: of zeroshot, see `make_prompts`; None: those that the run was trained with, if any.
+        class_fields: of zeroshot, fields of the samples' `.json`: all combinations of their values are the classes.
         floors: score raw pixels and the untrained encoder too (cached per data set).
         device: None: CUDA if there is one.
         batch_size: images in a forward pass.
@@ -149,9 +151,11 @@ def evaluate(
         found, tested = score_texts(
             load_clip(source), test_root, paired, read, device=device,
             templates=captions.templates or None if templates is None else templates,
-            class_names=captions.class_names if class_names is None else class_names, captions=captions,
+            class_names=captions.class_names if class_names is None else class_names, class_fields=class_fields,
+            captions=captions,
         )  # fmt: skip
         about = shared | {"test": about_data(tested, test), "classes": len(tested.classes)}
+        about |= {"class_fields": list(class_fields)} if class_fields else {}
         for result in found.values():
             result["protocol"] = about | result["protocol"]
         results |= found

@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.manifest import load_manifest
 from datamodules.sample_captions import CaptionConfig, SampleCaptions
 from datamodules.shard_reader import BadSampleError, ShardReader
+from evaluation.attributes import classed_by
 from evaluation.errors import EvaluationError
 from evaluation.features import Features, Featurizer
 from evaluation.prompts import make_prompts
@@ -49,6 +50,7 @@ def score_texts(
     device: str,
     templates: str | Sequence[str] | None,
     class_names: str | None,
+    class_fields: Sequence[str] | None = None,
     captions: CaptionConfig,
 ) -> tuple[dict[str, Any], Features]:
     """Results of `zeroshot` and `retrieval` by name, and the test images' features.
@@ -60,12 +62,15 @@ def score_texts(
         read: extracts features of the test images.
         device: where texts are encoded.
         templates, class_names: see `make_prompts`.
+        class_fields: of zeroshot: see `classed_by`; None: the images' own classes.
         captions: where those for retrieval come from.
 
     Raises:
         EvaluationError, DataError: one line, for what the user can repair.
     """
     images = read(JointFeatures(clip, clip.encoder.config), test)
+    if class_fields:
+        images = classed_by(images, test, class_fields)
     clip.to(device)
     results: dict[str, Any] = {}
     if "zeroshot" in probes:

@@ -144,6 +144,11 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--templates", metavar="FILE", help="of zeroshot: imagenet (80), simple (7), or a file with {} for the name"
     )
     evaluate.add_argument("--class-names", metavar="FILE", help="of zeroshot: a table of what the classes are called")
+    evaluate.add_argument(
+        "--class-fields",
+        metavar="NAMES",
+        help="of zeroshot: comma-separated fields of the samples' .json; the classes are all combinations of values",
+    )
     evaluate.add_argument("--output", metavar="DIR", help="where results.json goes (default: the run)")
 
 
@@ -229,6 +234,8 @@ def _stats(arguments: argparse.Namespace, _: list[str]) -> int | None:
 
 
 def _pretrain(_: argparse.Namespace, rest: list[str]) -> int | None:
+    # Or torch prints its own stack at each try to reach a rank that is not there; `watchdog` tells it in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pretrain.run import pretrain_command
 
     return pretrain_command(rest)
@@ -245,6 +252,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         output=arguments.output,
         templates=arguments.templates,
         class_names=arguments.class_names,
+        class_fields=arguments.class_fields and [name.strip() for name in arguments.class_fields.split(",")],
     )
     return 0
 

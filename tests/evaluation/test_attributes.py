@@ -8,7 +8,7 @@ import pytest
 from datamodules.shard_writer import ShardWriter
 from datamodules.synth import synth
 from evaluation.attribute_table import attribute_rows, attribute_sentences, attribute_summary
-from evaluation.attributes import read_attributes
+from evaluation.attributes import classed_by, read_attributes
 from evaluation.errors import EvaluationError
 from evaluation.features import Features
 from evaluation.probes import ProbeSettings
@@ -50,6 +50,19 @@ def test_a_value_that_train_lacks_or_an_image_without_json_leaves_none(tmp_path:
     for name, record in (("new", {"hue": "green"}), ("bare", None)):
         with pytest.raises(EvaluationError, match=r"attributes found none: it needs fields with 2 to 100"):
             read_attributes(*train, *write_json(tmp_path / name, [{"hue": "red"}, record]))
+
+
+def test_classes_are_all_combinations_of_fields(tmp_path: Path) -> None:
+    root, features = write_json(tmp_path / "set", [{"a": "red", "b": "dot"}, {"a": "blue", "b": "bar"}])
+    found = classed_by(features, root, ["a", "b"])
+    assert found.classes == ("blue bar", "blue dot", "red bar", "red dot")
+    assert found.label.tolist() == [0, 3]
+    assert classed_by(features, root, ["b"]).classes == ("bar", "dot")
+    with pytest.raises(EvaluationError, match="--class-fields size: not every test image has that as a text"):
+        classed_by(features, root, ["a", "size"])
+    root, features = write_json(tmp_path / "one", [{"a": "red"}, {"a": "red"}])
+    with pytest.raises(EvaluationError, match="make 1 classes: there must be 2 to 10,000"):
+        classed_by(features, root, ["a"])
 
 
 def result(top1: float) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "png")
             caption = {"txt": f"a {name} square, number {i}".encode()} if i % 5 else {}
-            writer.write(f"{i:04d}", {"png": file.getvalue(), "cls": str(i % 4).encode(), **caption})
+            kind = json.dumps({"colour": name, "edge": "soft" if i < 40 else "hard"}).encode()
+            writer.write(f"{i:04d}", {"png": file.getvalue(), "cls": str(i % 4).encode(), "json": kind, **caption})
     return folder
 
 
@@ -80,6 +81,15 @@ def test_the_command(checkpoint: Path, shards: Path, tmp_path: Path, capsys: pyt
     assert "zero-shot: top-1" in told and "image to text" in told and "chance 25.0%" in told
     assert results["floors"] == {"chance": {"zeroshot": results["floors"]["chance"]["zeroshot"]}}
     assert results["floors"]["chance"]["zeroshot"]["top1"] == 25
+
+
+def test_classes_from_fields_of_the_json(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
+    command = ["evaluate", checkpoint, "--test", shards, "--probes", "zeroshot", "--class-fields", "colour, edge"]
+    assert main([str(part) for part in [*command, "--output", tmp_path]]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["zeroshot"]
+    assert len(found["classes"]) == found["protocol"]["classes"] == 8 and "blue soft" in found["classes"]
+    assert found["protocol"]["class_fields"] == ["colour", "edge"]
+    assert main([str(part) for part in [*command[:-1], "place"]]) == 2
 
 
 def test_floors_of_earlier_probes_stay(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
