@@ -2,7 +2,7 @@
 
 Nothing here knows sizes: thresholds are shares of ln(K) (K prototypes) or ln(B) (B pairs compared at once), lengths of
 vectors that are 1 long, or nats between one answer for all images and a different one for each. The DINO ones were set
-on ViTs of 2 and 3 blocks (24 and 64 wide, K = 64 and 256, up to 250 steps); docs/health.md says on what they were tried.
+on ViTs of 2 and 3 blocks (24 and 64 wide, K = 64 and 256, up to 250 steps); docs/health.md says where they were tried.
 """
 
 import math
