@@ -47,9 +47,10 @@ def check(config: Namespace) -> None:
         raise RunError("give the length of the run once: epochs, or trainer.max_steps")
     if config.epochs is not None and config.epochs <= 0:
         raise RunError(f"epochs must be positive, not {config.epochs}")
-    for key in ("checkpoint_every", "log_every"):
+    units = {"checkpoint_every": "optimiser steps", "log_every": "optimiser steps"}
+    for key, unit in {**units, "start_timeout": "seconds", "step_timeout": "seconds"}.items():
         if config[key] < 1:
-            raise RunError(f"{key} counts optimiser steps and must be at least 1, not {config[key]}")
+            raise RunError(f"{key} counts {unit} and must be at least 1, not {config[key]}")
     defaults = {name: parameter.default for name, parameter in signature(Trainer).parameters.items()}
     for key, instead in DERIVED.items():
         value = config.trainer.get(key)

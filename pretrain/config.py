@@ -1,7 +1,8 @@
 """Configuration: YAML and command line into one checked whole (LightningCLI, jsonargparse).
 
-Top level: `seed`, `epochs`, `output`, `checkpoint_every`, `log_every`, `log_keys`, `wandb`, `allow_changes`; then
-`model` (a task of `tasks/`), `data` (ShardDataModule) and `trainer` (lightning.pytorch.Trainer).
+Top level: `seed`, `epochs`, `output`, `checkpoint_every`, `log_every`, `log_keys`, `start_timeout`, `step_timeout`,
+`wandb`, `allow_changes`; then `model` (a task of `tasks/`), `data` (ShardDataModule) and `trainer`
+(lightning.pytorch.Trainer).
 """
 
 import argparse
@@ -62,6 +63,12 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--checkpoint_every", type=int, default=1000, help="optimiser steps between checkpoints")
         parser.add_argument("--log_every", type=int, default=10, help="optimiser steps between rows of metrics.csv")
         parser.add_argument("--log_keys", type=bool, default=False, help="write each step's samples to samples.jsonl")
+        parser.add_argument(
+            "--start_timeout", type=int, default=300, help="seconds in which the ranks of a run must have met"
+        )
+        parser.add_argument(
+            "--step_timeout", type=int, default=1800, help="seconds after which a rank that waits for others gives up"
+        )
         parser.add_argument(
             "--wandb", type=Literal["online", "offline"] | None, default=None, help="also log to Weights & Biases"
         )

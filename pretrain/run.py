@@ -37,6 +37,7 @@ from pretrain.rank_watch import RankWatch
 from pretrain.run_directory import RunDirectory, launched_rank
 from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
+from pretrain.watchdog import Watchdog
 from tasks.task import PretrainTask
 
 
@@ -76,7 +77,8 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
-        trainer, progress = _trainer(config, parts.trainer, directory, stop, callbacks)
+        watchdog = Watchdog(config.start_timeout, config.step_timeout)
+        trainer, progress = _trainer(config, parts.trainer, directory, stop, (watchdog, *callbacks))
         _lay_out(trainer, data, stop)
 
         resolved = plain(config)
@@ -101,6 +103,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         stop.listen((signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else ())
         try:
             checkpoint = directory.last if done is not None else None
+            watchdog.watch(launched_rank(), trainer.world_size)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has made an exit code 1 of it
@@ -114,6 +117,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
                 "goes on from the last checkpoint"
             ) from error
         finally:
+            watchdog.rest()
             progress.close()
         _say_how_it_ended(trainer, stop, directory, data)
         return directory.path
