@@ -26,7 +26,7 @@ from datamodules.manifest import MANIFEST, Manifest, Shard, describe_shard, load
 from datamodules.pack_plan import default_samples_per_shard
 from datamodules.shard_writer import LOCK, ShardFile, begin_set, finish_set, note_progress, remove_leftovers, shard_name
 from datamodules.sidecars import cannot_write, locked
-from datamodules.synth_scene import ATTRIBUTES, SIDE, SPLITS, Scene, held_out, scene
+from datamodules.synth_scene import ATTRIBUTES, SIDE, SPLITS, Only, Scene, held_out, scene
 from datamodules.synth_shapes import SHAPES, distance_table
 from datamodules.workers import Tick, spread
 
@@ -39,7 +39,7 @@ _TICK = 50
 
 def synth(
     dst: str | os.PathLike[str], *, samples: int = 20_000, size: int = 64, seed: int = 0, split: str = "all",
-    samples_per_shard: int | None = None, workers: int | None = None,
+    only: Only = (), samples_per_shard: int | None = None, workers: int | None = None,
 ) -> Manifest:  # fmt: skip
     """Draw a set of `samples` images of `size` x `size` pixels into the folder `dst`, on all cores.
 
@@ -53,6 +53,7 @@ def synth(
         seed: another one gives other images.
         split: "all" draws every pair of shape and colour. "train" and "test" leave one colour of each shape out
             (`held_out`), and "test_unseen" draws these pairs only. Splits of one seed share no image.
+        only: (attribute, value), ...: all images have these; shape and colour cannot be chosen.
         samples_per_shard: 1000 when None, fewer for small sets, so that there are several shards.
         workers: processes; all cores when None.
 
@@ -67,11 +68,16 @@ def synth(
             raise DataError(f"--{name} goes from {low} to {high}, not {value}")
     if split not in SPLITS:
         raise DataError(f"--split is one of {', '.join(SPLITS)}, not {split!r}")
+    free = {name: values for name, values in ATTRIBUTES.items() if name not in ("shape", "colour")}
+    for what, kind in only:
+        if kind not in free.get(what, ()):
+            may = f"{what} is one of {', '.join(free[what])}" if what in free else f"names one of {', '.join(free)}"
+            raise DataError(f"--only {what}={kind}: {may}")
     dst = Path(dst)
     samples_per_shard = samples_per_shard or default_samples_per_shard(samples)
     made_by = (
         f"synth samples={samples} size={size} seed={seed} split={split} samples_per_shard={samples_per_shard} "
-        f"edition={EDITION}"
+        f"edition={EDITION}" + "".join(f" {name}={value}" for name, value in only)
     )
     if (finished := _finished(dst, made_by)) is not None:
         tell(f"{dst}: all {samples} images are there already")
@@ -84,6 +90,7 @@ def synth(
             size,
             seed,
             split,
+            tuple(only),
         )
         for number, first in enumerate(range(0, samples, samples_per_shard))
     ]
@@ -115,6 +122,7 @@ class _Job(NamedTuple):
     size: int
     seed: int
     split: str
+    only: Only
 
 
 def _finished(dst: Path, made_by: str) -> Manifest | None:
@@ -158,7 +166,7 @@ def _draw_shard(job: _Job, tick: Tick) -> Shard:
         file = ShardFile(job.path)
         try:
             for count, index in enumerate(job.indices, 1):
-                file.write(f"{index:08d}", draw_sample(job.seed, index, job.size, job.split))
+                file.write(f"{index:08d}", draw_sample(job.seed, index, job.size, job.split, job.only))
                 if count % _TICK == 0:
                     tick(_TICK)
             tick(len(job.indices) % _TICK)
@@ -169,9 +177,9 @@ def _draw_shard(job: _Job, tick: Tick) -> Shard:
         raise DataError(cannot_write(job.path, error)) from error
 
 
-def draw_sample(seed: int, index: int, size: int, split: str = "all") -> dict[str, bytes]:
+def draw_sample(seed: int, index: int, size: int, split: str = "all", only: Only = ()) -> dict[str, bytes]:
     """One sample: extension -> bytes."""
-    what = scene(seed, index, split)
+    what = scene(seed, index, split, only)
     image, mask = draw(what, size)
     return {
         "jpg": _encoded(image, "JPEG", quality=95, subsampling=0),

@@ -137,13 +137,18 @@ def _position(place: str, shape: str, degrees: int, radius: int, dice: Dice) -> 
     return centre[0], centre[1]
 
 
-def scene(seed: int, index: int, split: str = "all") -> Scene:
+Only = Sequence[tuple[str, str]]
+"""Attributes that have one value in all images of a set: ((name, value), ...), never shape or colour."""
+
+
+def scene(seed: int, index: int, split: str = "all", only: Only = ()) -> Scene:
     """The scene of one index. Images of different splits differ, also for the same seed and index."""
     dice = Dice(seed, SPLITS.index(split), index)
     shape = dice.pick(SHAPES)
     colours = [c for c in COLOURS if split == "all" or held_out(shape, c) == (split == "test_unseen")]
     attributes = {"shape": shape, "colour": dice.pick(colours)}
     attributes |= {name: dice.pick(values) for name, values in ATTRIBUTES.items() if name not in attributes}
+    attributes |= dict(only)
     radius = dice.between(*_RADII[attributes["size"]])
     degrees = dice.between(*_TILTS[attributes["rotation"]])
     x, y = _position(attributes["place"], shape, degrees, radius, dice)

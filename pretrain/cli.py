@@ -99,6 +99,12 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     synth.add_argument(
         "--split", default="all", help="train, test or test_unseen leave pairs of shape and colour out (default: all)"
     )
+    synth.add_argument(
+        "--only",
+        metavar="NAME=VALUE,...",
+        default="",
+        help="what all images have, as background=gradient: size, place, texture, background, rotation",
+    )
     synth.add_argument("--samples-per-shard", type=int, help="default 1,000; fewer for a small set")
 
     pack = _command(kinds, "pack", _pack, "pack class folders, a flat folder, a tar of either, or a table into shards")
@@ -159,11 +165,21 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    export = _command(commands, "export", _export, "write the encoder of a run or checkpoint alone, or a whole CLIP")
+    export = _command(
+        commands, "export", _export, "write the encoder of a run or checkpoint for others, and read it back"
+    )
     export.add_argument("source", metavar="CHECKPOINT")
-    export.add_argument("output", metavar="OUT")
+    export.add_argument("output", metavar="OUT", help="a name.safetensors or name.onnx; a folder for timm, open_clip")
     export.add_argument(
-        "--format", choices=["safetensors", "open_clip"], default="safetensors", help="open_clip: a folder, both towers"
+        "--format",
+        choices=["safetensors", "timm", "onnx", "open_clip"],
+        default="safetensors",
+        help="default safetensors; timm: a folder for timm.create_model; open_clip: a folder, both towers of a CLIP",
+    )
+    export.add_argument(
+        "--whole",
+        action="store_true",
+        help="not the encoder alone: heads, teacher, student, decoder, texts (safetensors)",
     )
 
 
@@ -186,12 +202,14 @@ def _add_slurm(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _synth(arguments: argparse.Namespace, _: list[str]) -> int | None:
     from datamodules.synth import synth
 
+    pairs = [pair.partition("=") for pair in arguments.only.split(",") if pair]
     synth(
         arguments.directory,
         samples=arguments.samples,
         size=arguments.size,
         seed=arguments.seed,
         split=arguments.split,
+        only=[(name.strip(), value.strip()) for name, _, value in pairs],
         samples_per_shard=arguments.samples_per_shard,
     )
     return 0
@@ -265,15 +283,11 @@ def _report(arguments: argparse.Namespace, _: list[str]) -> int | None:
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int | None:
-    if arguments.format == "open_clip":
-        from tasks.clip_files import export_open_clip, load_clip
+    from tasks.export import export
 
-        export_open_clip(load_clip(arguments.source), arguments.output)
-    else:
-        from tasks.encoder_files import load_encoder, save_encoder
-
-        save_encoder(load_encoder(arguments.source), arguments.output)
+    done = export(arguments.source, arguments.output, arguments.format, whole=arguments.whole)
     print(arguments.output)
+    print(f"reloaded: largest difference {done.difference:.1e} of {done.what}")
     return 0
 
 

@@ -17,6 +17,7 @@ import datamodules.synth as synth_module
 from datamodules.drawing import draw
 from datamodules.errors import DataError
 from datamodules.manifest import MANIFEST, load_manifest
+from datamodules.shard_reader import ShardReader
 from datamodules.synth import ATTRIBUTES, SHAPES, synth
 from datamodules.synth_scene import held_out, scene
 from datamodules.verify import verify
@@ -102,11 +103,11 @@ def test_interrupted_and_continued(
     drawn: list[int] = []
     original = synth_module.draw_sample
 
-    def interrupted(seed: int, index: int, size: int, split: str) -> dict[str, bytes]:
+    def interrupted(seed: int, index: int, size: int, split: str, only: object) -> dict[str, bytes]:
         drawn.append(index)
         if len(drawn) == 26:
             raise KeyboardInterrupt
-        return original(seed, index, size, split)
+        return original(seed, index, size, split, ())
 
     monkeypatch.setattr(synth_module, "draw_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -184,6 +185,22 @@ def test_neither_pixels_nor_colours_give_the_class_away() -> None:
     codes = ((bins[..., 0] * 8 + bins[..., 1]) * 8 + bins[..., 2]).reshape(len(images), -1)
     histogram = np.sqrt(np.stack([np.bincount(code, minlength=512) for code in codes])).astype(np.float32)
     assert nearest_top1(histogram[:2000], histogram[2000:], labels[:2000], labels[2000:]) < 2 * chance
+
+
+def test_what_all_images_shall_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["shards", "synth", str(tmp_path / "set"), "--samples", "20", "--size", "16", "--only"]
+    assert main([*arguments, "background=gradient,size=small"]) == 0
+    manifest = load_manifest(tmp_path / "set")
+    assert manifest.made_by.endswith(" background=gradient size=small")
+    reader = ShardReader(manifest)
+    records = [json.loads(reader.member(shard, i, "json") or b"") for shard, s in enumerate(manifest.shards)
+               for i in range(s.samples)]  # fmt: skip
+    assert {(record["background"], record["size"]) for record in records} == {("gradient", "small")}
+    for index, record in enumerate(records):  # all else is as without
+        assert record["place"] == scene(0, index).attributes["place"]
+    for wrong, told in (("background=pink", "background is one of gradient, striped"), ("shape=star", "names one of")):
+        assert main([*arguments, wrong]) == 2
+        assert f"trivit: --only {wrong}: {told}" in capsys.readouterr().err
 
 
 def test_splits_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
