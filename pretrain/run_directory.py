@@ -145,7 +145,7 @@ class RunDirectory:
             allow = ",".join(changed if len(changed) <= 5 else ["model", "data", "trainer"])
             raise RunError(
                 f"{self.path} is a run with other settings ({what}{more}); name another --output, or go on with the "
-                f"new ones by --allow_changes [{allow}]"
+                f"new ones by --allow_changes '[{allow}]'"
             )
 
 

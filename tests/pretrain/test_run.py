@@ -123,7 +123,9 @@ def test_another_run_or_other_files_are_left_alone(
     assert pretrain(*small, "--output", run, "--trainer.max_steps", 4, "--checkpoint_every", 2) == 0
     before = (run / "metrics.csv").read_bytes()
     assert pretrain(*small, "--output", run, "--trainer.max_steps", 4, "--model.mask_ratio", 0.5) == 2
-    assert "model.mask_ratio: 0.75 -> 0.5" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "model.mask_ratio: 0.75 -> 0.5" in error
+    assert "--allow_changes '[model.mask_ratio]'" in error  # bare, zsh would take it for a pattern of files
     assert (run / "metrics.csv").read_bytes() == before
 
     other = tmp_path / "photos"
