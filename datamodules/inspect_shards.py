@@ -93,7 +93,8 @@ def _survey(manifest: Manifest) -> tuple[list[tuple[str, int, str, int, str]], C
             continue
         samples += index.extension_counts()
         sizes += index.extension_bytes()
-        keys = keys[:3] + [index.key(i) for i in (0, 1, 2, len(index) - 1) if i < len(index)]
+        if len(index):
+            keys = keys[:3] + [index.key(i) for i in (0, 1, 2, len(index) - 1) if i < len(index)]
         if shard % step == 0:
             labels += _labels(index)
     if not keys:

@@ -62,6 +62,15 @@ def test_damage_does_not_stop_it(root: Path, capsys: pytest.CaptureFixture[str])
     assert "shard-000002.tar does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a.tar", "shard-000000-more.tar", "z.tar"])
+def test_a_tar_without_samples(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / name).touch()
+    assert inspect_command(root) == 0
+    out = capsys.readouterr().out
+    assert "20 samples in 4 shards" in out and "samples per shard: 0 to 8" in out
+    assert "keys: k00, k01, k02, ..., k19" in out
+
+
 def test_many_unnamed_classes_and_hostile_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = [(f"{i}.cls", b"%d" % (i // 2)) for i in range(300)]
     write_tar(tmp_path / "a.tar", [*members, ("z\x1b[2J.jpg", picture()), ("z\x1b[2J.txt", b"\x1b[31m")])
