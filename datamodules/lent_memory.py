@@ -55,7 +55,7 @@ class Lender:
 
     def whole(self, slot: int, capacity: int) -> Tensor:
         """A slot, uint8 [capacity]; when nobody holds this tensor or a view of it any more, it is free again."""
-        if slot not in self._maps:
+        if slot not in self._maps or len(self._maps[slot]) < capacity:
             self._maps[slot] = mmap.mmap(self.file, capacity, offset=slot * _SLOT_BYTES)
         array = np.frombuffer(self._maps[slot], np.uint8)
         # torch holds the array for as long as it needs the memory, also for autograd.
@@ -82,12 +82,12 @@ class Borrower:
 
     def borrow(self, size: int) -> Tensor | None:
         """Uninitialised uint8 memory of at least `size` bytes, or None when all is in use."""
-        free = [slot for slot in self._slots if self.lender.states[slot] == _FREE]
-        fitting = [slot for slot in free if slot in self._maps and len(self._maps[slot]) >= size]
-        unused = [slot for slot in free if slot not in self._maps]
-        if not fitting and (not unused or not 0 < size <= _SLOT_BYTES):
+        free = {slot: self._room(slot) for slot in self._slots if self.lender.states[slot] == _FREE}
+        if not free or not 0 < size <= _SLOT_BYTES:
             return None
-        slot = min(fitting, key=lambda slot: len(self._maps[slot])) if fitting else unused[0]
+        fitting = [slot for slot, room in free.items() if room >= size]
+        # The smallest that is large enough, else a new one, else any: it grows.
+        slot = min(fitting or free, key=lambda slot: free[slot])
         if not fitting:
             capacity = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
             self._maps[slot] = mmap.mmap(self.lender.file, capacity, offset=slot * _SLOT_BYTES)
@@ -95,6 +95,9 @@ class Borrower:
         memory = torch.frombuffer(self._maps[slot], dtype=torch.uint8)
         self._unsent[memory.data_ptr()] = slot
         return memory
+
+    def _room(self, slot: int) -> int:
+        return len(self._maps[slot]) if slot in self._maps else 0
 
     def sent(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Those of the tensors that lie in borrowed memory, as what is to be sent; what else was borrowed is free."""

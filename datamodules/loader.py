@@ -1,6 +1,7 @@
 """Running a map-style dataset of whole batches in worker processes that neither outlive, hang nor interrupt the run."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -8,18 +9,20 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.errors import DataError, DataFailure
 from datamodules.lent_memory import Borrower, Lender
 from datamodules.workers import available_cores
 
 _MOST_WORKERS = 16
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _SMALL_BYTES = 1 << 14
 
 
@@ -31,17 +34,25 @@ class Failure(NamedTuple):
 
 
 class GuardedDataset(Dataset[Any]):
-    """Gives a `Failure` where the dataset raises a DataError."""
+    """Gives a `Failure` where the dataset raises a DataError.
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+    Args:
+        dataset: of whole batches.
+        sent: batches are on their way from a worker to the main process.
+    """
+
+    def __init__(self, dataset: Dataset[Any], sent: bool) -> None:
+        self.dataset, self.sent = dataset, sent
 
     def __getitem__(self, index: int) -> Any:
+        failure: Failure | None = None
         try:
-            return _to_send(self.dataset[index])
+            batch = self.dataset[index]
         except DataError as error:
-            _to_send({})
-            return Failure(str(error), type(error))
+            batch, failure = {}, Failure(str(error), type(error))
+        if self.sent and isinstance(batch, dict):
+            batch = _to_send(batch)
+        return failure or batch
 
 
 class _Value(NamedTuple):
@@ -50,13 +61,11 @@ class _Value(NamedTuple):
     array: NDArray[Any]
 
 
-def _to_send(batch: Any) -> Any:
-    """A worker's batch, a dict, with tensors in borrowed memory as their places, and small ones as arrays.
+def _to_send(batch: dict[str, Any]) -> dict[str, Any]:
+    """A worker's batch with tensors in borrowed memory as their places, and small ones as arrays.
 
     Everything else torch puts into shared memory of its own, with a file and a socket for each tensor.
     """
-    if not isinstance(batch, dict) or get_worker_info() is None:
-        return batch
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     lent = Borrower.here.sent(tensors) if Borrower.here is not None else {}
     small = {k: v for k, v in tensors.items() if v.nbytes <= _SMALL_BYTES and not v.is_shared()}  # type: ignore[no-untyped-call]
@@ -88,22 +97,27 @@ def _batches(
     dataset: Dataset[Any], indices: Sequence[int], workers: int, pin_memory: bool, lender: Lender | None,
     context: str | None,
 ) -> Iterator[Any]:  # fmt: skip
+    # The system ends a child when the thread that forked it ends; only the main thread lives as long as its process.
+    parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
     with _interrupt_held_back(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         loader = DataLoader(
-            GuardedDataset(dataset),
+            GuardedDataset(dataset, sent=workers > 0),
             batch_size=None,
             sampler=indices,
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
-            worker_init_fn=partial(_settle_worker, lender=lender) if workers else None,
+            worker_init_fn=partial(_settle_worker, lender=lender, parent=parent) if workers else None,
             multiprocessing_context=context,
             generator=torch.Generator(),  # or torch would draw from the global one, and what comes later would differ
         )
         with _no_exceptions_out_of_nowhere():
             batches: Any = iter(loader)
+    over = threading.Event()
+    if workers:
+        threading.Thread(target=_end_all_when_one_dies, args=(batches, over), daemon=True).start()
     try:
         for batch in batches:
             if isinstance(batch, Failure):
@@ -118,6 +132,7 @@ def _batches(
             "or a smaller data.device_batch_size"
         ) from error
     finally:
+        over.set()
         if workers:
             batches._shutdown_workers()
 
@@ -134,6 +149,25 @@ def _lender(forked: int) -> Iterator[Lender | None]:
     finally:
         if lender is not None:
             lender.close()
+
+
+def _end_all_when_one_dies(batches: Any, over: threading.Event) -> None:
+    """Wake the main process, which may be waiting for the rest of a message of a worker that was killed.
+
+    It would wait for ever, because the other workers and itself can write to the same pipe: its end is seen when none
+    of them can.
+    """
+    workers = list(batches._workers)
+    sentinels = [worker.sentinel for worker in workers]
+    while not over.is_set():
+        if wait(sentinels, timeout=0.5) and not over.is_set():
+            for worker in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, batches._worker_result_queue._writer.fileno())
+            os.close(nowhere)
+            return
 
 
 def _any_was_killed(workers: list[Any]) -> bool:
@@ -159,8 +193,13 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _settle_worker(worker: int, lender: Lender | None) -> None:
+def _settle_worker(worker: int, lender: Lender | None, parent: int | None) -> None:
     """Leave signals to the main process: it decides when a run ends, and needs its batches until then."""
+    if parent is not None and sys.platform == "linux":
+        # A worker in the middle of a message would not notice that nobody reads it any more.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:
+            os._exit(1)
     Borrower.here = None if lender is None else Borrower(lender, worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("SIGUSR1", "SIGUSR2", "SIGHUP"):

@@ -98,14 +98,16 @@ def test_without_such_files_batches_travel_as_torch_sends_them(monkeypatch, miss
         assert batch["image"].is_shared()
 
 
-def test_batches_that_grow_or_shrink_find_memory():
+def test_batches_that_grow_find_memory():
     class Sizes(Dataset):
         def __getitem__(self, index):
             assert get_worker_info() is not None
-            return {"image": empty_images(1 + index * 7 % 5, 3, 64, 64).fill_(index)}
+            images = empty_images(1 + index // 8, 3, 64, 64).fill_(index)
+            return {"image": images, "borrowed": not images.is_shared()}
 
-    for i, batch in enumerate(iterate(Sizes(), range(60), workers=1)):
-        assert batch["image"].shape == (1 + i * 7 % 5, 3, 64, 64) and (batch["image"] == i).all()
+    for i, batch in enumerate(iterate(Sizes(), range(200), workers=1)):
+        assert batch["image"].shape == (1 + i // 8, 3, 64, 64) and (batch["image"] == i).all()
+        assert batch["borrowed"], "also when all slots have been used for smaller ones"
 
 
 def test_two_names_for_one_tensor():

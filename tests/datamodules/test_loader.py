@@ -97,6 +97,39 @@ def test_a_killed_worker_is_told_in_one_line():
     assert "\n" not in str(caught.value) and "/dev/shm" in str(caught.value)
 
 
+class Wordy(Dataset):
+    """Messages so long that a worker that is ahead waits in the middle of one."""
+
+    def __getitem__(self, index):
+        return {"pid": os.getpid(), "key": [f"shard-{index:06d}.tar/some_image_{i:08d}" for i in range(3000)]}
+
+
+def writes_into_a_pipe(pid: int) -> bool:
+    return any("pipe_write" in (task / "wchan").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_killed_in_the_middle_of_a_message():
+    batches = iterate(Wordy(), range(100), workers=3)
+    workers = [next(batches)["pid"] for _ in range(3)]
+    wait_until(lambda: any(map(writes_into_a_pipe, workers)))
+    os.kill(next(filter(writes_into_a_pipe, workers)), signal.SIGKILL)
+    with pytest.raises(DataError, match="loader worker was killed"):
+        list(batches)
+    wait_until(lambda: not any(map(alive, workers)))
+
+
+class Nested(Dataset):
+    def __getitem__(self, index):
+        (batch,) = iterate(Numbers(), [index], workers=0)
+        return {"image": batch["image"], "sum": int(batch["image"].sum())}
+
+
+def test_a_loader_inside_a_worker_gives_tensors():
+    for i, batch in enumerate(iterate(Nested(), range(8), workers=1)):
+        assert (batch["image"] == i).all() and batch["sum"] == i * 2 * 3 * 4 * 5
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
 def test_workers_survive_signals_that_are_meant_for_the_run(name):
     batches = iterate(Numbers(), range(30), workers=1)
@@ -116,20 +149,21 @@ def test_a_loader_that_is_left_early_leaves_no_worker():
 
 SCRIPT = """
 import time
-from tests.datamodules.test_loader import Numbers
+from tests.datamodules.test_loader import Numbers, Wordy
 from datamodules.loader import iterate
-batches = iterate(Numbers(), range(100000), workers=2)
+batches = iterate(DATA(), range(100000), workers=2)
 print(*{next(batches)["pid"] for _ in range(4)}, flush=True)
 WHAT
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("data", ["Numbers", "Wordy"])
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "error"])
-def test_workers_end_with_the_run(end):
+def test_workers_end_with_the_run(end, data):
     what = "raise KeyError" if end == "error" else "time.sleep(100)"
     run = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.replace("WHAT", what)],
+        [sys.executable, "-c", SCRIPT.replace("WHAT", what).replace("DATA", data)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     pids = [int(pid) for pid in run.stdout.readline().split()]
