@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ class Source:
     `root`: the folder or tar that their names begin in; `classes`: names of the class folders or labels, empty for
     unlabelled images and for labels that are numbers; `prefix`: folders above all images, which mean nothing;
     `ignored`: how many other files there are by suffix; `notes`: what the user should know.
-    `skipped`: name and reason of links that lead nowhere, and of what a table names in vain. Of a table: `numbers`:
-    label of each image, -1 for none; `captions` of each.
+    `skipped`: name and reason of links that lead nowhere, of FIFOs and the like, and of what a table names in vain. Of
+    a table: `numbers`: label of each image, -1 for none; `captions` of each.
     """
 
     path: Path
@@ -113,6 +114,8 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
             path.stat()
     except OSError as error:
         raise DataError(cannot_read(path, error)) from error
+    if kind := None if is_folder else kind_of_file(path.stat().st_mode):
+        raise DataError(f"{path} is {kind}, not a file")
     if not is_folder and path.suffix.lower() in TABLES:
         from datamodules.table_source import list_table  # which stands on this file
 
@@ -121,9 +124,8 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
         raise DataError(f"{path} is no table ({', '.join(TABLES)}), so it has no {named[0]}")
     if not is_folder and path.suffix != ".tar":
         raise DataError(f"{path} is neither a folder nor a .tar nor a table ({', '.join(TABLES)})")
-    files, notes = _in_folder(path) if is_folder else _in_tar(path)
-    skipped = [(file.name, "the link leads nowhere") for file in files if file.size < 0 and is_image(file.name)]
-    files = [file for file in files if file.size >= 0]
+    files, skipped, notes = _in_folder(path) if is_folder else _in_tar(path)
+    skipped = [(name, reason) for name, reason in skipped if is_image(name)]
     suffixes = Counter(PurePosixPath(file.name).suffix.lower() or "no suffix" for file in files)
     images = sorted((file for file in files if is_image(file.name)), key=lambda image: image.name)
     ignored = Counter({suffix: n for suffix, n in suffixes.items() if suffix[1:] not in PLAIN_IMAGES})
@@ -133,7 +135,7 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
     if not images:
         other = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(3))
         if skipped:
-            raise DataError(f"{path} holds no images, only links that lead nowhere (first: {skipped[0][0]})")
+            raise DataError(f"{path} holds no images that can be read (first: {': '.join(min(skipped))})")
         found = f"only other files ({other})" if other else "it is empty"
         raise DataError(f"{path} holds no images, {found}; names of images end in {', '.join(sorted(PLAIN_IMAGES))}")
     prefix = shared_prefix([image.name for image in images])
@@ -164,10 +166,17 @@ def shared_prefix(names: Sequence[str]) -> str:
     return f"{shared.rstrip('/')}/" if shared else ""
 
 
-def _in_folder(root: Path) -> tuple[list[Image], list[str]]:
-    """All files below a folder, through links as well, but through none twice; a link to nothing has size -1."""
+def kind_of_file(mode: int) -> str | None:
+    """What something with this `st_mode` is if it can be opened but is no regular file, whose bytes end."""
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+             stat.S_IFDIR: "a folder"}  # fmt: skip
+    return kinds.get(stat.S_IFMT(mode))
+
+
+def _in_folder(root: Path) -> tuple[list[Image], list[tuple[str, str]], list[str]]:
+    """All files below a folder, through links as well, but through none twice; names of what is no file, and why."""
     files: list[Image] = []
-    notes: list[str] = []
+    skipped: list[tuple[str, str]] = []
     seen: set[tuple[int, int]] = set()
     stack = [""]
     while stack:
@@ -185,14 +194,16 @@ def _in_folder(root: Path) -> tuple[list[Image], list[str]]:
                         stack.append(f"{name}/")
                     elif entry.is_file():
                         files.append(Image(name, entry.stat().st_size))
-                    elif entry.is_symlink():
-                        files.append(Image(name, -1))
+                    elif not Path(entry).exists():
+                        skipped.append((name, "the link leads nowhere"))
+                    elif not entry.is_dir():
+                        skipped.append((name, f"{kind_of_file(entry.stat().st_mode)}, not a file"))
         except OSError as error:
             raise DataError(cannot_read(folder, error)) from error
-    return files, notes
+    return files, skipped, []
 
 
-def _in_tar(path: Path) -> tuple[list[Image], list[str]]:
+def _in_tar(path: Path) -> tuple[list[Image], list[tuple[str, str]], list[str]]:
     """All regular files in a tar; what is wrong with it becomes notes."""
     fd = open_tar(str(path))
     found: dict[str, list[str]] = {}
@@ -212,4 +223,4 @@ def _in_tar(path: Path) -> tuple[list[Image], list[str]]:
     notes = [f"{path.name}: {len(where)} x {kind}, first: {where[0]}" for kind, where in found.items()]
     if len(files) < len(walk.names):
         notes.append(f"{path.name}: {len(walk.names) - len(files)} files have the name of another; the last is taken")
-    return list(files.values()), notes
+    return list(files.values()), [], notes

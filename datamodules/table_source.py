@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from datamodules.console import one_line
 from datamodules.errors import DataError
-from datamodules.sources import Image, Source, shared_prefix
+from datamodules.sources import Image, Source, kind_of_file, shared_prefix
 from datamodules.tables import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
@@ -35,8 +35,8 @@ def list_table(path: Path, columns: Mapping[str, str | None]) -> Source:
     """The images that a table names, by paths relative to its folder, with their captions and labels.
 
     Rows that name the same file are one image with several captions. Labels that are whole numbers stay so; any others
-    are names, numbered in alphabetical order. Images without a label have none. Files that do not exist and rows
-    without a path are skipped and named.
+    are names, numbered in alphabetical order. Images without a label have none. Files that do not exist or are no files
+    (FIFOs, say) and rows without a path are skipped and named.
 
     Args:
         path: of the table, see `tables`.
@@ -159,6 +159,8 @@ def _look(root: Path, names: list[str]) -> tuple[list[Image], list[tuple[str, st
             continue
         if extension not in PLAIN_IMAGES and extension != ARRAY:
             skipped.append((name, "its suffix is none of an image"))
+        elif (kind := kind_of_file(about.st_mode)) is not None:
+            skipped.append((name, f"{kind}, not a file"))  # to open a FIFO is to wait for its writer
         else:
             images.append(Image(name, about.st_size))
     return images, skipped

@@ -70,6 +70,25 @@ def test_links_in_folders_are_followed_once(tmp_path: Path) -> None:
     assert sum(image.name.startswith("cat/") for image in list_source(linked).images) >= 2
 
 
+def test_what_is_no_file_is_named_and_never_opened(tmp_path: Path) -> None:
+    folder = image_folders(tmp_path / "real", ["cat"], 2)
+    os.mkfifo(folder / "cat" / "fifo.jpg")
+    os.mkfifo(folder / "cat" / "fifo.txt")
+    (folder / "cat" / ".hidden").mkdir()
+    (folder / "cat" / "zero.png").symlink_to("/dev/zero")
+    source = list_source(folder)
+    assert len(source.images) == 2
+    assert source.skipped == (("cat/fifo.jpg", "a FIFO, not a file"), ("cat/zero.png", "a device, not a file"))
+    for path in (folder / "cat").glob("*.JPEG"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"holds no images that can be read \(first: cat/fifo\.jpg: a FIFO, not a file"):
+        list_source(folder)
+    for name in ("t.csv", "t.tar"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name} is a FIFO, not a file"):
+            list_source(tmp_path / name)
+
+
 def test_links_in_tars_are_never_followed(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         link = tarfile.TarInfo("link.jpg")

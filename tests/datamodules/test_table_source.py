@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,24 @@ def test_what_is_not_there_is_skipped_and_named(desk: Path, capsys: pytest.Captu
         assert load_manifest(out).num_samples == 6
         said = capsys.readouterr().err
         assert f"left out {len(skipped)} images that cannot be read" in said and "photos/gone.jpg" in said
+
+
+def test_what_is_no_file_is_named_and_never_opened(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(desk)  # the path of a socket must be short
+    os.mkfifo(desk / "fifo.jpg")
+    (desk / "zero.png").symlink_to("/dev/zero")
+    (desk / "folder.jpg").mkdir()
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("socket.jpg")
+    odd = {"fifo.jpg": "a FIFO", "zero.png": "a device", "folder.jpg": "a folder", "socket.jpg": "a socket"}
+    table = write_table(desk / "t.csv", [{"path": name} for name in (*odd, "photos/cat/cat_0.JPEG")])
+    assert main(["shards", "pack", str(table), str(desk / "set")]) == 0
+    skipped = dict(line.split("\t") for line in (desk / "set" / SKIPPED).read_text().splitlines())
+    assert skipped == {name: f"{kind}, not a file" for name, kind in odd.items()}
+    assert "fifo.jpg: a FIFO, not a file" in capsys.readouterr().err
+    assert set(read(desk / "set")) == {"cat_0"}
 
 
 URLS = "path,caption\nphotos/cat/cat_0.JPEG,x\nhttps://x.org/a.jpg,x\n"
