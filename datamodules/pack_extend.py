@@ -22,6 +22,7 @@ from datamodules.sources import Source
 from datamodules.tar_index import read_index
 
 _NUMBER = re.compile(r"shard-(\d+)\.tar")
+_PACKED = re.compile(r"resize=(\S+) quality=(\S+) samples_per_shard=\d+ images=\d+ content=(\w+)")  # as in `pack`
 
 
 def extend_set(
@@ -42,7 +43,7 @@ def extend_set(
         try:
             _finish_interrupted(dst)
             before = load_manifest(dst)
-            if made_by in before.made_by:
+            if _holds(before, made_by):
                 tell(f"{dst}: holds these {len(source.images)} samples already, nothing to do")
                 return before
             return _add(dst, before, source, captions, settings, made_by, workers)
@@ -50,13 +51,24 @@ def extend_set(
             (dst / LOCK).unlink(missing_ok=True)
 
 
+def _holds(before: Manifest, made_by: str) -> bool:
+    """Whether the set has these images as they would be packed now, however many to a shard; DataError: otherwise."""
+    *wanted, content = _PACKED.findall(made_by)[-1]
+    found = [settings for *settings, theirs in _PACKED.findall(before.made_by) if theirs == content]
+    if not found or wanted in found:
+        return bool(found)
+    pairs = zip(("--resize", "--quality"), found[-1], wanted, strict=True)
+    differing = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+    raise DataError(
+        f"{before.root} holds these images already, packed with other settings ({differing[0]}): choose the same ones, "
+        "or another folder"
+    )
+
+
 def _add(
     dst: Path, before: Manifest, source: Source, captions: list[list[str]], settings: Settings, made_by: str,
     workers: int | None,
 ) -> Manifest:  # fmt: skip
-    content = made_by.rpartition(" ")[2]
-    if content in before.made_by.replace(";", " ").split():
-        raise DataError(f"{dst} holds these images already, packed with other settings: {before.made_by}")
     classes, numbers = _merge_classes(before, source)
     entries = make_entries(source, captions)
     if numbers:

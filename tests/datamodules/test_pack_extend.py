@@ -78,10 +78,32 @@ def test_the_same_source_twice(old: Path, more: Path, capsys: pytest.CaptureFixt
     assert "holds these 24 samples already, nothing to do" in capsys.readouterr().err
     pack(more.parent / "first", old, extend=True, samples_per_shard=8, workers=1)
     pack(more.parent / "first", old, samples_per_shard=8, workers=1)  # as in a script that begins from the beginning
-    for options in (["--resize", "10"], ["--samples-per-shard", "3"]):
-        assert main(["shards", "pack", str(more), str(old), "--extend", *options]) == 2
-        assert "holds these images already, packed with other settings" in capsys.readouterr().err
+    assert main(["shards", "pack", str(more), str(old), "--extend", "--resize", "10"]) == 2
+    said = capsys.readouterr().err
+    assert "holds these images already, packed with other settings (--resize None -> 10): choose the same ones" in said
     assert files(old) == before
+
+
+def test_the_same_source_in_shards_of_another_size(more: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = more.parent / "small"
+    pack(more, root, resize=16, samples_per_shard=10, workers=1)
+    before = files(root)
+    for options in ([], ["--samples-per-shard", "3"]):
+        assert main(["shards", "pack", str(more), str(root), "--extend", "--resize", "16", *options]) == 0
+        assert "holds these 24 samples already, nothing to do" in capsys.readouterr().err
+    for options, difference in (
+        ([], "--resize 16 -> None"),
+        (["--resize", "20"], "--resize 16 -> 20"),
+        (["--resize", "16", "--quality", "80"], "--quality 90 -> 80"),
+    ):
+        assert main(["shards", "pack", str(more), str(root), "--extend", *options]) == 2
+        assert f"packed with other settings ({difference}): " in capsys.readouterr().err
+    assert files(root) == before
+    copy = more.rename(more.with_name("same photos, elsewhere"))
+    assert pack(copy, root, resize=16, extend=True, workers=1).num_samples == 24
+    (more.parent / "c.csv").write_text("file,caption\nbee_0.JPEG,a bee\n")
+    texts = pack(copy, root, resize=16, captions=more.parent / "c.csv", extend=True, workers=1)
+    assert texts.num_samples == 48, "other texts are other samples"
 
 
 def test_twice_in_a_row_and_same_names(old: Path, more: Path) -> None:
