@@ -165,11 +165,21 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    export = _command(commands, "export", _export, "write the encoder of a run or checkpoint alone, or a whole CLIP")
+    export = _command(
+        commands, "export", _export, "write the encoder of a run or checkpoint for others, and read it back"
+    )
     export.add_argument("source", metavar="CHECKPOINT")
-    export.add_argument("output", metavar="OUT")
+    export.add_argument("output", metavar="OUT", help="a name.safetensors or name.onnx; a folder for timm, open_clip")
     export.add_argument(
-        "--format", choices=["safetensors", "open_clip"], default="safetensors", help="open_clip: a folder, both towers"
+        "--format",
+        choices=["safetensors", "timm", "onnx", "open_clip"],
+        default="safetensors",
+        help="default safetensors; timm: a folder for timm.create_model; open_clip: a folder, both towers of a CLIP",
+    )
+    export.add_argument(
+        "--whole",
+        action="store_true",
+        help="not the encoder alone: heads, teacher, student, decoder, texts (safetensors)",
     )
 
 
@@ -273,15 +283,11 @@ def _report(arguments: argparse.Namespace, _: list[str]) -> int | None:
 
 
 def _export(arguments: argparse.Namespace, _: list[str]) -> int | None:
-    if arguments.format == "open_clip":
-        from tasks.clip_files import export_open_clip, load_clip
+    from tasks.export import export
 
-        export_open_clip(load_clip(arguments.source), arguments.output)
-    else:
-        from tasks.encoder_files import load_encoder, save_encoder
-
-        save_encoder(load_encoder(arguments.source), arguments.output)
+    done = export(arguments.source, arguments.output, arguments.format, whole=arguments.whole)
     print(arguments.output)
+    print(f"reloaded: largest difference {done.difference:.1e} of {done.what}")
     return 0
 
 

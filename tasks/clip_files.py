@@ -7,6 +7,7 @@ differently.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from tasks.clip import CLIP
 from tasks.encoder_files import (
+    FORMAT,
     checkpoint_path,
     config_from_dict,
     load_strictly,
     read_checkpoint,
-    read_safetensors,
     resize_positions,
 )
 from tasks.encoders import Encoder
@@ -39,6 +40,8 @@ from tasks.open_clip_names import (
 )
 
 _TRUNK = "encoder.trunk."
+_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+OPEN_CLIP_FILES = (WEIGHTS_FILES[0], CONFIG_FILE, VOCABULARY_FILE, _TOKENIZER_CONFIG_FILE)  # of an export
 
 
 def load_clip(source: str | Path, *, image_size: int | None = None) -> CLIP:
@@ -53,7 +56,7 @@ def load_clip(source: str | Path, *, image_size: int | None = None) -> CLIP:
         TaskError: nothing there, no CLIP, or keys that are missing or unexpected (all are listed).
     """
     path = checkpoint_path(source)
-    content: Any = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_checkpoint(path)
+    content: Any = read_checkpoint(path)
     about = content.get("trivit") if isinstance(content, dict) else None
     if isinstance(about, dict):
         if about.get("objective") != "clip":
@@ -101,12 +104,22 @@ def export_open_clip(clip: CLIP, folder: str | Path) -> None:
             pad = clip.text.tokenizer.word(clip.text.config.pad_id)
             (folder / VOCABULARY_FILE).write_text(vocabulary)
             about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
-            (folder / "tokenizer_config.json").write_text(json.dumps(about))
+            (folder / _TOKENIZER_CONFIG_FILE).write_text(json.dumps(about))
             config["text_cfg"]["hf_tokenizer_name"] = VOCABULARY_FILE  # not empty: open_clip looks into the folder
-        save_file({k: v.detach().contiguous() for k, v in state.items()}, folder / WEIGHTS_FILES[0], {"format": "pt"})
+        metadata = {"format": "pt", "trivit": json.dumps({"format": FORMAT, "encoder": asdict(encoder)})}
+        save_file({k: v.detach().contiguous() for k, v in state.items()}, folder / WEIGHTS_FILES[0], metadata)
         (folder / CONFIG_FILE).write_text(json.dumps(told, indent=1))
     except OSError as error:
         raise TaskError(f"cannot write {folder}: {error}") from error
+
+
+@torch.no_grad()
+def run_open_clip(folder: Path, images: Tensor, ids: Tensor) -> list[Tensor]:
+    """Vectors of length 1 [b e] that open_clip's model of a folder gives images [b c h w] and texts [b t]."""
+    from open_clip import create_model
+
+    model = create_model(f"local-dir:{folder}").eval()
+    return [model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)]
 
 
 def _config(clip: CLIP, vision: dict[str, Any], activation: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tasks.positions import resize_table
 from tasks.timm_models import create_timm, pretrained_config
 
 FORMAT = 1
+TIMM_CONFIG_FILE, TIMM_WEIGHTS_FILE = "config.json", "model.safetensors"  # of a folder that timm reads
 
 
 def save_encoder(encoder: Encoder, path: str | Path) -> None:
@@ -35,8 +36,25 @@ def save_encoder(encoder: Encoder, path: str | Path) -> None:
         raise TaskError(f"cannot write {path}: the name of an exported encoder ends in .safetensors")
     if not path.parent.is_dir():
         raise TaskError(f"cannot write {path}: the folder {path.parent} does not exist")
-    metadata = {"trivit": json.dumps({"format": FORMAT, "encoder": asdict(encoder.config)}), "format": "pt"}
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.trunk.state_dict().items()}
+    _save(encoder.trunk.state_dict(), {"format": FORMAT, "encoder": asdict(encoder.config)}, path)
+
+
+def save_whole(source: str | Path, path: Path) -> None:
+    """Writes all that was trained in a run as safetensors; what reads the run's checkpoint reads that, too.
+
+    Raises:
+        TaskError: the source is no run or checkpoint of trivit's, or the file cannot be written.
+    """
+    content = None if str(source).startswith("timm:") else read_checkpoint(checkpoint_path(source))
+    if not isinstance(content, dict) or "trivit" not in content:
+        raise TaskError(f"{source} is no run or checkpoint of trivit, so there is no more than an encoder to write")
+    state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+    _save(state, content["trivit"], path)
+
+
+def _save(state: dict[str, Tensor], about: dict[str, Any], path: Path) -> None:
+    metadata = {"trivit": json.dumps(about), "format": "pt"}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(state, aside, metadata)
@@ -51,9 +69,9 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
     """An encoder with its weights, on the CPU, in float32, in evaluation mode.
 
     Args:
-        source: a run's directory, a Lightning checkpoint (.ckpt), an export (.safetensors), `timm:NAME` (also
-            `timm:hf-hub:...` and `timm:local-dir:...`), a file of the MAE or DINO authors (.pth), or a CLIP of
-            open_clip (see `tasks.clip_files.load_clip`).
+        source: a run's directory, a Lightning checkpoint (.ckpt), an export (.safetensors, or a folder for timm),
+            `timm:NAME` (also `timm:hf-hub:...` and `timm:local-dir:...`), a file of the MAE or DINO authors (.pth), or
+            a CLIP of open_clip (see `tasks.clip_files.load_clip`).
         image_size: side of the images it will see; the position table is resized in the manner of its authors.
             None: as it was trained.
         heads: attention heads of an original file whose size is not a published one.
@@ -65,16 +83,15 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
     if name.startswith("timm:"):
         return _from_timm(name.removeprefix("timm:"), image_size).eval()
     path = checkpoint_path(source)
-    exported = path.suffix == ".safetensors"
-    content, metadata = read_safetensors(path) if exported else (read_checkpoint(path), {})
+    content = read_checkpoint(path)
     if is_open_clip(content):
         from tasks.clip_files import load_clip  # which stands on this file
 
         return load_clip(source, image_size=image_size).encoder
-    if exported:
-        config, state = _exported_config(metadata, path), content
-    elif isinstance(content, dict) and "trivit" in content:
+    if isinstance(content, dict) and "trivit" in content:
         config, state = _read_lightning(content, path)
+    elif path.suffix == ".safetensors":
+        config, state = _exported_config(read_metadata(path), path), content
     else:
         state, author = encoder_state(content, name)
         config = encoder_config(state, author, name, heads)
@@ -88,10 +105,12 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
 
 
 def checkpoint_path(source: str | Path) -> Path:
-    """The file that a run's directory, a folder of open_clip's, or a path means; TaskError when it is not there."""
+    """The file that a run's directory, a folder for open_clip or timm, or a path means; TaskError if not there."""
     path = Path(source)
     if (path / CONFIG_FILE).is_file():
         return next((path / name for name in WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILES[0])
+    if (path / TIMM_CONFIG_FILE).is_file() and (path / TIMM_WEIGHTS_FILE).is_file():
+        return path / TIMM_WEIGHTS_FILE
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
         if not path.is_file():
@@ -119,7 +138,16 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What torch saved: tensors, plain values and argparse.Namespace; TaskError for anything else."""
+    """What torch saved: tensors, plain values and argparse.Namespace; TaskError for anything else.
+
+    The tensors of a .safetensors; from `save_whole` in the form of the checkpoint that they came from.
+    """
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path)
+        about = json.loads(metadata.get("trivit", "{}"))
+        if "objective" not in about:
+            return tensors
+        return {"trivit": about, "state_dict": {f"model.{name}": tensor for name, tensor in tensors.items()}}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -162,6 +190,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise TaskError(f"cannot read {path}: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors says about itself; TaskError when it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise TaskError(f"cannot read {path}: {error}") from error
 

@@ -178,7 +178,8 @@ class Encoder(nn.Module):
             if self._placed:
                 prefix = [torch.cat(prefix, dim=1) + of_prefix]
         if prefix:
-            x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
+            # len(x) would fix the batch of an ONNX export
+            x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
         return trunk.norm_pre(x)  # type: ignore[no-any-return]
 
     def _rope(self, images: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Rope:
