@@ -9,10 +9,13 @@ from datamodules.tables import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
     JSON,
+    MORE_CELLS,
     PARQUET,
     captions_in,
     column_names,
     find_column,
+    keep_together,
+    miscounted,
     records,
     table_errors,
     text_rows,
@@ -74,12 +77,17 @@ def _rows(path: Path) -> Iterator[tuple[str, object, object]]:
         if columns and (file is None or text is None) and suffix in PARQUET:
             raise DataError(f"{path} has the columns {', '.join(columns)}: a file name and a caption are needed")
         for place, record in records(path, [name for name in (file, text) if name is not None]):
+            if isinstance(record, str):
+                raise DataError(f"{path}, {place}: {record}")
             yield place, record.get(file or ""), record.get(text or "")
         return
     if suffix not in (".csv", ".tsv", ".txt"):
         raise DataError(f"{path}: captions come as .tsv, .csv, .jsonl or .parquet")
     places: tuple[int, int] | None = None
+    header: list[str] = []
     for number, row in text_rows(path):
+        if isinstance(row, str):
+            raise DataError(f"{path}, line {number}: {row}")
         if places is None:
             header = [cell.strip() for cell in row]
             file, text = find_column(header, FILE_COLUMNS), find_column(header, CAPTION_COLUMNS)
@@ -93,5 +101,7 @@ def _rows(path: Path) -> Iterator[tuple[str, object, object]]:
                 )
             places = 0, 1
         if row:
+            if miscounted(row, len(header)) == MORE_CELLS:
+                raise DataError(f"{path}, line {number}: more cells than in the first line: {keep_together(path)}")
             short = len(row) <= max(places)
             yield f"line {number}", *((None, None) if short else (row[places[0]], row[places[1]]))

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from datamodules.captions import captions_of, read_captions
 from datamodules.console import one_line, tell
 from datamodules.errors import DataError
-from datamodules.manifest import MANIFEST, SKIPPED, UNFINISHED, Manifest, Shard
+from datamodules.manifest import MANIFEST, SKIPPED, UNFINISHED, Manifest
 from datamodules.pack_plan import Job, Settings, default_samples_per_shard, make_entries, plan
 from datamodules.pack_shard import Packed, pack_shard
+from datamodules.shard_entry import Shard
 from datamodules.shard_writer import LOCK, begin_set, finish_set, note_progress, remove_leftovers
 from datamodules.sidecars import cannot_write, locked, write_aside
 from datamodules.sources import Source, list_source
@@ -139,7 +140,8 @@ def sum_up(source: Source, packed: Sequence[Packed]) -> tuple[tuple[Shard, ...],
 def report(manifest: Manifest, source: Source, skipped: bytes) -> None:
     """What was left out, and what is there now."""
     if lines := skipped.decode().splitlines():
-        tell(f"left out {len(lines)} images that cannot be read (all in {manifest.root / SKIPPED}):")
+        what = "rows or images" if source.path != source.root else "images"  # of a table
+        tell(f"left out {len(lines)} {what} that cannot be read (all in {manifest.root / SKIPPED}):")
         for line in lines[:5]:
             tell("  " + line.replace("\t", ": ", 1))
     if source.ignored:

@@ -12,12 +12,15 @@ from datamodules.errors import DataError
 from datamodules.sources import Image, Source, kind_of_file, shared_prefix
 from datamodules.tables import (
     CAPTION_COLUMNS,
+    FEWER_CELLS,
     FILE_COLUMNS,
     LABEL_COLUMNS,
+    MORE_CELLS,
     captions_in,
     column_names,
     find_column,
     is_missing,
+    keep_together,
     records,
 )
 from datamodules.tar_samples import ARRAY, PLAIN_IMAGES
@@ -36,7 +39,7 @@ def list_table(path: Path, columns: Mapping[str, str | None]) -> Source:
 
     Rows that name the same file are one image with several captions. Labels that are whole numbers stay so; any others
     are names, numbered in alphabetical order. Images without a label have none. Files that do not exist or are no files
-    (FIFOs, say) and rows without a path are skipped and named.
+    (FIFOs, say), rows without a path, and rows with more or fewer cells than the header are skipped and named.
 
     Args:
         path: of the table, see `tables`.
@@ -49,21 +52,29 @@ def list_table(path: Path, columns: Mapping[str, str | None]) -> Source:
     chosen, notes = _choose(path, columns)
     rows = _Rows(path)
     for place, record in records(path, list(chosen.values())):
-        rows.add(place, *(record.get(chosen.get(kind, "")) for kind in ("image", "caption", "label")))
+        if isinstance(record, str):
+            rows.skipped.append((place, record))
+        else:
+            rows.add(place, *(record.get(chosen.get(kind, "")) for kind in ("image", "caption", "label")))
     images, skipped = _look(path.parent, list(rows.captions))
-    skipped = [*rows.skipped, *skipped]
-    if not images and not skipped:
+    if not images and not skipped and not rows.skipped:
         raise DataError(f"{path} holds no rows")
+    if not rows.captions:
+        raise DataError(
+            f"{path}: none of its {len(rows.skipped)} rows can be used (first: {': '.join(rows.skipped[0])})"
+            + "".join(f"; {hint}" for hint in rows.hints())
+        )
     if not images:
         raise DataError(
-            f"{path}: none of its {len(skipped)} rows names an image file that is there (first: "
+            f"{path}: none of its {len(rows.skipped) + len(skipped)} rows names an image file that is there (first: "
             f"{': '.join(skipped[0])}); paths are relative to {path.parent.resolve()}"
         )
+    notes += rows.hints()
     classes, numbers = _number([rows.labels.get(image.name) for image in images])
     return Source(
         path, path.parent, tuple(images), classes, shared_prefix([image.name for image in images]), notes=tuple(notes),
         numbers=tuple(numbers), captions=tuple(tuple(dict.fromkeys(rows.captions[image.name])) for image in images),
-        skipped=tuple(skipped),
+        skipped=(*rows.skipped, *skipped),
     )  # fmt: skip
 
 
@@ -99,6 +110,14 @@ class _Rows:
             if self.labels.setdefault(name, found) != found:
                 raise DataError(f"{self.path}, {place}: {name} has two labels, {self.labels[name]} and {found}")
         self.captions.setdefault(name, []).extend(texts)
+
+    def hints(self) -> list[str]:
+        """What to do about rows that were cut at the wrong places."""
+        cut = [place for place, reason in self.skipped if reason in (MORE_CELLS, FEWER_CELLS)]
+        if not cut:
+            return []
+        count = f"{len(cut)} rows have more or fewer cells than the header"
+        return [f"{self.path.name}: {count} (first: {cut[0]}): {keep_together(self.path)}"]
 
 
 def _choose(path: Path, columns: Mapping[str, str | None]) -> tuple[dict[str, str], list[str]]:

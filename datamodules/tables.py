@@ -1,9 +1,14 @@
-"""Tables of the usual kinds, row by row: CSV, TSV, JSON lines (or one JSON list), Parquet."""
+"""Tables of the usual kinds, row by row: CSV, TSV, JSON lines (or one JSON list), Parquet.
+
+A row that cannot be read is a text that says why, in the place of what it holds: one such row is no reason to refuse
+the others. A quote in a CSV that is not closed is one: nobody knows how many rows it took in.
+"""
 
 import contextlib
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,8 +25,11 @@ FILE_COLUMNS = ("file_name", "filename", "file", "filepath", "file_path", "path"
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "title", "description", "sentence", "sentences")
 LABEL_COLUMNS = ("class_name", "label_name", "class", "label", "category", "target")
 
+MORE_CELLS, FEWER_CELLS = "more cells than the header", "fewer cells than the header"
+
 Record = dict[str, Any]
 _LOOKED_AT = 100
+_QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
 
 
 @contextlib.contextmanager
@@ -47,11 +55,14 @@ def column_names(path: Path) -> list[str]:
                 return list(file.schema_arrow.names)
         if path.suffix.lower() in JSON:
             return list(dict.fromkeys(name for _, record in islice(_json(path), _LOOKED_AT) for name in record))
-        return [cell.strip() for _, row in islice(text_rows(path), 1) for cell in row]
+        return next((header_of(path, row) for _, row in text_rows(path)), [])
 
 
-def records(path: Path, names: Sequence[str] = ()) -> Iterator[tuple[str, Record]]:
-    """Every row as ("line 7", {column: value}); of Parquet only the columns `names`. DataError as `table_errors`."""
+def records(path: Path, names: Sequence[str] = ()) -> Iterator[tuple[str, Record | str]]:
+    """Every row as ("line 7", {column: value}); of Parquet only the columns `names`.
+
+    A text in place of the record says why it cannot be read. DataError as `table_errors`, and as `text_rows`.
+    """
     with table_errors(path):
         suffix = path.suffix.lower()
         if suffix in PARQUET:
@@ -65,19 +76,62 @@ def records(path: Path, names: Sequence[str] = ()) -> Iterator[tuple[str, Record
             header: list[str] | None = None
             for number, row in text_rows(path):
                 if header is None:
-                    header = [cell.strip() for cell in row]
+                    header = header_of(path, row)
                 elif row:
-                    yield f"line {number}", dict(zip(header, row, strict=False))
+                    odd = row if isinstance(row, str) else miscounted(row, len(header))
+                    yield f"line {number}", odd or dict(zip(header, row, strict=False))
 
 
-def text_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of every row of a CSV or TSV."""
+def text_rows(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    """Number of the first line, and cells, of every row of a CSV or TSV, or why they cannot be told apart.
+
+    Raises:
+        DataError: when a quote is not closed where its cell ends.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
+        lines: list[str] = []
         # A quote in TSV is a quote; in CSV it protects commas and line breaks.
         is_csv = path.suffix.lower() == ".csv"
-        reader = csv.reader(file) if is_csv else csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        for row in reader:
-            yield reader.line_num, row
+        kept = _kept(file, lines)
+        reader = csv.reader(kept, strict=True) if is_csv else csv.reader(kept, delimiter="\t", quoting=csv.QUOTE_NONE)
+        while True:
+            lines.clear()
+            number = reader.line_num + 1
+            row: list[str] | str
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if is_csv and (opens := _unclosed(lines)) is not None:
+                    raise DataError(
+                        f"{path}, line {number + opens}: the quote that opens here is not closed where its cell ends: "
+                        'add the closing one (quotes within quoted text are written twice, "")'
+                    ) from error
+                row = _leniently(lines) if is_csv else f"{error}"
+            yield number, row
+
+
+def header_of(path: Path, row: list[str] | str) -> list[str]:
+    """The names in the first row of a text table; commas behind the last one mean nothing."""
+    if isinstance(row, str):
+        raise DataError(f"{path} cannot be read as a table: its header: {row}")
+    names = [cell.strip() for cell in row]
+    while names and not names[-1]:
+        names.pop()
+    return names
+
+
+def miscounted(row: Sequence[str], columns: int) -> str | None:
+    """Why a row does not fit under so many columns, None when it does; empty cells behind the last one are harmless."""
+    if any(cell.strip() for cell in row[columns:]):
+        return MORE_CELLS
+    return FEWER_CELLS if len(row) < columns else None
+
+
+def keep_together(path: Path) -> str:
+    """What to do so that a text is not cut into several cells."""
+    return "put quotes around captions that hold commas" if path.suffix.lower() == ".csv" else "captions hold no tabs"
 
 
 def find_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:
@@ -97,6 +151,35 @@ def captions_in(value: object) -> list[str] | None:
 def is_missing(value: object) -> bool:
     """Whether a cell is empty: also the NaN that other programs write for it."""
     return value is None or value == "" or value != value
+
+
+def _kept(file: Iterable[str], lines: list[str]) -> Iterator[str]:
+    """The lines of a file, which are put into `lines` as well."""
+    for line in file:
+        lines.append(line)
+        yield line
+
+
+def _unclosed(lines: Sequence[str]) -> int | None:
+    """In which of the lines of a row of CSV a quote opens that takes in more than its cell; None when none does."""
+    text, start = "".join(lines), 0
+    while start < len(text):
+        if text[start] == '"':
+            closed = _QUOTED.match(text, start)
+            amid = closed is not None and text[closed.end() : closed.end() + 1] not in ("", ",", "\r", "\n")
+            if closed is None or (amid and len(lines) > 1):  # the next quote, rows below, is not its own
+                return len(re.findall(r"\r\n|\r|\n", text[:start]))
+            start = closed.end()
+        start = text.find(",", start) + 1 or len(text)
+    return None
+
+
+def _leniently(lines: Iterable[str]) -> list[str] | str:
+    """A line with text behind a closing quote, as other programs read it: "big" dog is big dog."""
+    try:
+        return next(csv.reader(lines))
+    except csv.Error as error:
+        return f"{error}"
 
 
 def _json(path: Path) -> Iterator[tuple[str, Record]]:

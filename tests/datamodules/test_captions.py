@@ -34,6 +34,13 @@ def test_tables(tmp_path: Path, name: str, text: str) -> None:
     [
         ("c.csv", b"a,b,c\n1,2,3\n", "3 columns and no header"),
         ("c.csv", b"file,caption\nonly\n", "line 2: a file name and a caption"),
+        ("c.csv", b"file,caption\na.jpg,red, green\n", "line 2: more cells than in the first line: put quotes around"),
+        (
+            "c.tsv",
+            b"a.jpg\tred\nb.jpg\tblue\tgreen\n",
+            "line 2: more cells than in the first line: captions hold no tabs",
+        ),
+        ("c.csv", b'file,caption\na.jpg,"red\nb.jpg,blue\n', "line 2: the quote that opens here is not closed"),
         ("c.csv", b"file,caption\n", "holds no captions"),
         ("c.tsv", b"a.jpg\t \n", "holds no captions"),
         ("c.tsv", b"a.jpg\t\xff\n", r"not UTF-8 text \(byte 6\)"),

@@ -184,7 +184,7 @@ def test_what_is_not_there_is_skipped_and_named(desk: Path, capsys: pytest.Captu
         )
         assert load_manifest(out).num_samples == 6
         said = capsys.readouterr().err
-        assert f"left out {len(skipped)} images that cannot be read" in said and "photos/gone.jpg" in said
+        assert f"left out {len(skipped)} rows or images that cannot be read" in said and "photos/gone.jpg" in said
 
 
 def test_what_is_no_file_is_named_and_never_opened(
@@ -203,6 +203,58 @@ def test_what_is_no_file_is_named_and_never_opened(
     assert skipped == {name: f"{kind}, not a file" for name, kind in odd.items()}
     assert "fifo.jpg: a FIFO, not a file" in capsys.readouterr().err
     assert set(read(desk / "set")) == {"cat_0"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "opens"),
+    [
+        ('photos/cat/cat_0.JPEG,"abc\nphotos/cat/cat_1.JPEG,d\n', 2),
+        ('photos/cat/cat_1.JPEG,d\nphotos/cat/cat_0.JPEG,"abc', 3),
+        ('photos/cat/cat_0.JPEG,"abc\nphotos/cat/cat_1.JPEG,"d e"\nphotos/cat/cat_2.JPEG,f\n', 2),
+        ('"photos/cat/cat_0.JPEG","two\n\nlines"\n"photos/cat/\ncat_1.JPEG","a\nphotos/cat/cat_2.JPEG,"d"\n', 6),
+        ('photos/cat/cat_0.JPEG,"abc\n' + "photos/cat/cat_1.JPEG,long\n" * 6000, 2),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_quote_that_takes_in_other_rows_is_refused(
+    desk: Path, capsys: pytest.CaptureFixture[str], lines: str, opens: int, end: str
+) -> None:
+    (desk / "t.csv").write_bytes(f"path,caption\n{lines}".replace("\n", end).encode())
+    assert main(["shards", "pack", str(desk / "t.csv"), str(desk / "set")]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: ")]
+    assert len(said) == 1 and f"t.csv, line {opens}: the quote that opens here is not closed" in said[0]
+    assert not (desk / "set").exists()
+
+
+def test_quotes_that_are_no_mistake(desk: Path) -> None:
+    rows = ['cat_0.JPEG,"a, b"', 'cat_1.JPEG,"big" dog', 'cat_2.JPEG,"two\n""lines"""', '"cat_0.JPEG",5" wide', ""]
+    (desk / "photos/cat/t.csv").write_text("path,caption\n" + "\n".join(rows))
+    source = list_source(desk / "photos/cat/t.csv")
+    assert source.captions == (("a, b", '5" wide'), ("big dog",), ('two "lines"',)) and not source.skipped
+    (desk / "photos/cat/t.tsv").write_text('path\tcaption\ncat_0.JPEG\t"a\ncat_1.JPEG\tb,c\n')
+    assert list_source(desk / "photos/cat/t.tsv").captions == (('"a',), ("b,c",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "comma", "advice"), [("csv", ",", "put quotes around capt"), ("tsv", "\t", "no tabs")]
+)
+def test_rows_cut_at_the_wrong_places_are_skipped_and_named(
+    desk: Path, capsys: pytest.CaptureFixture[str], kind: str, comma: str, advice: str
+) -> None:
+    rows = ["path,caption,", "photos/cat/cat_0.JPEG,one", "photos/cat/cat_1.JPEG,a,b,c", "photos/cat/cat_2.JPEG", "",
+            "photos/dog/dog_0.JPEG,two,,", "photos/dog/dog_1.JPEG,"]  # fmt: skip
+    (desk / f"t.{kind}").write_text("\n".join(rows).replace(",", comma))
+    assert main(["shards", "pack", str(desk / f"t.{kind}"), str(desk / "set")]) == 0
+    said = capsys.readouterr().err
+    assert f"t.{kind}: 2 rows have more or fewer cells than the header (first: line 3): " in said and advice in said
+    assert "left out 2 rows or images that cannot be read" in said
+    skipped = "line 3\tmore cells than the header\nline 4\tfewer cells than the header\n"
+    assert (desk / "set" / SKIPPED).read_text() == skipped
+    texts = {key: members.get("txt") for key, members in read(desk / "set").items()}
+    assert texts == {"cat/cat_0": b"one", "dog/dog_0": b"two", "dog/dog_1": None}
+    (desk / "all.csv").write_text("path,caption\nphotos/cat/cat_0.JPEG,a,b\n")
+    with pytest.raises(DataError, match=r"none of its 1 rows can be used \(first: line 2: more cells .*; .*put quotes"):
+        list_source(desk / "all.csv")
 
 
 URLS = "path,caption\nphotos/cat/cat_0.JPEG,x\nhttps://x.org/a.jpg,x\n"
