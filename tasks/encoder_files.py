@@ -80,7 +80,9 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
         TaskError: nothing there, not an encoder, or keys that are missing or unexpected (all are listed).
     """
     name = str(source)
-    if name.startswith("timm:"):
+    if (ours := _our_folder(name)) is not None:
+        source = ours
+    elif name.startswith("timm:"):
         return _from_timm(name.removeprefix("timm:"), image_size).eval()
     path = checkpoint_path(source)
     content = read_checkpoint(path)
@@ -216,6 +218,14 @@ def _read_lightning(content: dict[str, Any], path: Path) -> tuple[EncoderConfig,
     prefix = f"{about['encoder_prefix']}trunk."
     state = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     return config_from_dict(about["encoder"], str(path)), state
+
+
+def _our_folder(name: str) -> Path | None:
+    """The weights in FOLDER of `timm:local-dir:FOLDER` if trivit wrote them: they say more than a config of timm can."""
+    weights = Path(name.removeprefix("timm:local-dir:")) / TIMM_WEIGHTS_FILE
+    if name.startswith("timm:local-dir:") and weights.is_file() and "trivit" in read_metadata(weights):
+        return weights
+    return None
 
 
 def _from_timm(name: str, image_size: int | None) -> Encoder:

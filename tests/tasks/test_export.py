@@ -91,8 +91,9 @@ def test_timm_reads_a_folder(name: str, tmp_path: Path) -> None:
     assert (tuple(cfg["mean"]), tuple(cfg["std"])) == (config.mean, config.std)
     assert tuple(cfg["input_size"]) == tuple(images.shape[1:]) and cfg["interpolation"] == "bicubic"
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {umasked(tmp_path)}
-    again = load_encoder(tmp_path / "out")
-    assert again.config == encoder.config and torch.equal(again.features(images), encoder.features(images))
+    for source in (tmp_path / "out", f"timm:local-dir:{tmp_path / 'out'}"):
+        again = load_encoder(source)
+        assert again.config == encoder.config and torch.equal(again.features(images), encoder.features(images))
 
 
 def test_timm_goes_on_from_it_with_classes_and_at_another_size(tmp_path: Path) -> None:
