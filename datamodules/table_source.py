@@ -39,15 +39,15 @@ def list_table(path: Path, columns: Mapping[str, str | None]) -> Source:
 
     Rows that name the same file are one image with several captions. Labels that are whole numbers stay so; any others
     are names, numbered in alphabetical order. Images without a label have none. Files that do not exist or are no files
-    (FIFOs, say), rows without a path, and rows with more or fewer cells than the header are skipped and named.
+    (FIFOs, say) are skipped and named, and so are rows that cannot be used: no path, a URL, a label unlike that of an
+    earlier row, more or fewer cells than the header, no JSON.
 
     Args:
         path: of the table, see `tables`.
         columns: "image", "caption", "label" -> name of the column; None looks for a usual name, and notes which.
 
     Raises:
-        DataError: when the table cannot be read, has no such column, holds URLs, gives a file two labels, or names no
-            file that exists.
+        DataError: when the table cannot be read, has no such column, or names no file that exists.
     """
     chosen, notes = _choose(path, columns)
     rows = _Rows(path)
@@ -88,28 +88,34 @@ class _Rows:
         self.skipped: list[tuple[str, str]] = []
 
     def add(self, place: str, image: object, caption: object, label: object) -> None:
-        """Take up a row."""
+        """Take up a row, or note why not."""
+        if (reason := self._take(image, caption, label)) is not None:
+            self.skipped.append((place, reason))
+
+    def _take(self, image: object, caption: object, label: object) -> str | None:
         if is_missing(image):
-            self.skipped.append((place, "no path"))
-            return
+            return "no path"
         if not isinstance(image, str):
-            raise DataError(f"{self.path}, {place}: the image is no path but of the type {type(image).__name__}")
+            return f"the image is no path but of the type {type(image).__name__}"
         if _URL.match(image):
-            raise DataError(
-                f"{self.path}, {place}: {one_line(image)[:80]} is a URL, and only files can be packed: download them "
-                "first (img2dataset does that)"
+            return (
+                f"{one_line(image)[:80]} is a URL, and only files can be packed: download them first (img2dataset does "
+                "that)"
             )
         name = os.path.normpath(image.strip().replace("\\", "/"))
-        texts = captions_in(caption)
+        texts, found = captions_in(caption), None if is_missing(label) else _label(label)
         if texts is None:
-            raise DataError(f"{self.path}, {place}: the caption is neither a text nor a list of texts")
-        if not is_missing(label):
-            found = _label(label)
-            if found is None:
-                raise DataError(f"{self.path}, {place}: the label is neither a name nor a whole number")
-            if self.labels.setdefault(name, found) != found:
-                raise DataError(f"{self.path}, {place}: {name} has two labels, {self.labels[name]} and {found}")
+            return "the caption is neither a text nor a list of texts"
+        if found is None and not is_missing(label):
+            return "the label is neither a name nor a whole number"
+        try:
+            "".join([name, *texts, f"{found}"]).encode()
+        except UnicodeEncodeError:  # JSON may escape one half of a character
+            return "its text holds half a character (a lone surrogate)"
+        if found is not None and self.labels.setdefault(name, found) != found:
+            return f"{name} has two labels, {self.labels[name]} and {found}: the first one is kept"
         self.captions.setdefault(name, []).extend(texts)
+        return None
 
     def hints(self) -> list[str]:
         """What to do about rows that were cut at the wrong places."""
@@ -142,6 +148,8 @@ def _choose(path: Path, columns: Mapping[str, str | None]) -> tuple[dict[str, st
             f"{path} has the columns {', '.join(present)}: none is called {', '.join(FILE_COLUMNS[:6])} or the like, "
             f"--image-column NAME says which one holds paths{hint}"
         )
+    if twice := [name for name in chosen.values() if present.count(name) > 1]:
+        raise DataError(f"{path} has several columns called {twice[0]!r}: rename all but the one to be used")
     what = ", ".join(f"{kind}s from {name!r}" for kind, name in chosen.items())
     flags = ", ".join(f"--{kind}-column" for kind in guessed)
     return chosen, [f"{path.name}: {what}" + (f" (guessed; {flags} choose others)" if guessed else "")]

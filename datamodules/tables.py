@@ -9,7 +9,6 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ MORE_CELLS, FEWER_CELLS = "more cells than the header", "fewer cells than the he
 
 Record = dict[str, Any]
 _LOOKED_AT = 100
+_NO_OBJECT = "not a JSON object"
 _QUOTED = re.compile(r'"[^"]*(?:""[^"]*)*"')
 
 
@@ -43,7 +43,7 @@ def table_errors(path: Path) -> Iterator[None]:
         raise DataError(cannot_read(path, error)) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except (csv.Error, ValueError) as error:  # also what json and pyarrow raise
+    except (csv.Error, ValueError, RecursionError) as error:  # also what json and pyarrow raise
         raise DataError(f"{path} cannot be read as a table: {error}") from error
 
 
@@ -54,7 +54,7 @@ def column_names(path: Path) -> list[str]:
             with _parquet(path) as file:
                 return list(file.schema_arrow.names)
         if path.suffix.lower() in JSON:
-            return list(dict.fromkeys(name for _, record in islice(_json(path), _LOOKED_AT) for name in record))
+            return _json_columns(path)
         return next((header_of(path, row) for _, row in text_rows(path)), [])
 
 
@@ -182,21 +182,55 @@ def _leniently(lines: Iterable[str]) -> list[str] | str:
         return f"{error}"
 
 
-def _json(path: Path) -> Iterator[tuple[str, Record]]:
+def _json_columns(path: Path) -> list[str]:
+    """The names that the first records have."""
+    odd: list[str] = []
+    names: dict[str, None] = {}
+    looked_at = 0
+    for place, record in _json(path):
+        if isinstance(record, str):
+            odd = odd or [f"{place}: {record}"]
+        else:
+            names.update(dict.fromkeys(record))
+            looked_at += 1
+            if looked_at == _LOOKED_AT:
+                break
+    if odd and not looked_at:
+        raise DataError(f"{path} cannot be read as a table: {odd[0]}")
+    return list(names)
+
+
+def _json(path: Path) -> Iterator[tuple[str, Record | str]]:
+    """The records of JSON lines, or of one list."""
     with path.open(encoding="utf-8-sig") as file:
         first = file.read(1)
         while first.isspace():
             first = file.read(1)
         file.seek(0)
         if first == "[":
-            found = [(f"record {number}", record) for number, record in enumerate(json.load(file), 1)]
-        else:
-            lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
-            found = ((place, json.loads(line)) for place, line in lines)  # type: ignore[assignment]
-        for place, record in found:
-            if not isinstance(record, dict):
-                raise DataError(f"{path}, {place}: not a JSON object")
-            yield place, record
+            try:
+                values = json.load(file)
+            except (ValueError, RecursionError):
+                if path.suffix.lower() == ".json":
+                    raise
+                file.seek(0)  # lines, of which the first one is odd
+            else:
+                for number, value in enumerate(values, 1):
+                    yield f"record {number}", value if isinstance(value, dict) else _NO_OBJECT
+                return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _parsed(line: str) -> Record | str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error.msg} at character {error.colno})"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        return f"not JSON ({error})"
+    return value if isinstance(value, dict) else _NO_OBJECT
 
 
 def _parquet(path: Path) -> Any:
