@@ -221,7 +221,7 @@ def _read_lightning(content: dict[str, Any], path: Path) -> tuple[EncoderConfig,
 
 
 def _our_folder(name: str) -> Path | None:
-    """The weights in FOLDER of `timm:local-dir:FOLDER` if trivit wrote them: they say more than a config of timm can."""
+    """The weights in FOLDER of `timm:local-dir:FOLDER` if trivit wrote them: they say more than timm can tell."""
     weights = Path(name.removeprefix("timm:local-dir:")) / TIMM_WEIGHTS_FILE
     if name.startswith("timm:local-dir:") and weights.is_file() and "trivit" in read_metadata(weights):
         return weights
