@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.table import Row, show
-from datamodules.manifest import MANIFEST, Manifest, Shard, describe_shard, load_manifest
+from datamodules.manifest import MANIFEST, Manifest, load_manifest
 from datamodules.order import Order
+from datamodules.shard_entry import Shard, describe_shard
 from datamodules.shard_reader import ShardReader
 from datamodules.tar_index import INDEX_SUFFIX, ShardIndex
 

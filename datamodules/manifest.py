@@ -1,7 +1,7 @@
 """The manifest of a data set: its shards, counts and class names in one small file, so that starting reads no tar.
 
 `manifest.json` lies beside the tars (or in the cache when they are read-only). It is the truth about the set: a shard
-that is cut or gone keeps its place in it, so that the loader misses the lost samples and counts them.
+that is cut, damaged or gone keeps its place in it, so that the loader misses the lost samples and counts them.
 """
 
 import contextlib
@@ -10,19 +10,20 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, DataFailure
+from datamodules.shard_entry import MISSING, Shard, describe_shard, entry_now, what_changed
 from datamodules.sidecars import locked, read_sidecar, sidecar_places, still_good, write_sidecar
-from datamodules.tar_index import ROWS, ShardIndex, cannot_read, read_index
+from datamodules.tar_index import cannot_read, read_index
 from datamodules.workers import Tick, spread
 
 FORMAT = 1
@@ -34,17 +35,6 @@ CLASSES = "classes.txt"
 SKIPPED = "skipped.tsv"
 _SHARDS_FOR_PROCESSES = 64
 log = logging.getLogger("trivit")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of a set: file name, number of samples, bytes, digest of its index, number of findings in it."""
-
-    name: str
-    samples: int
-    bytes: int
-    digest: str
-    findings: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,14 +100,6 @@ class Manifest:
         return manifest
 
 
-def describe_shard(index: ShardIndex) -> Shard:
-    """The manifest's entry for one indexed tar."""
-    digest = hashlib.sha256(json.dumps(index.extensions).encode())
-    for name in ROWS:
-        digest.update(index.arrays[name].tobytes())
-    return Shard(Path(index.path).name, len(index), index.tar_bytes, digest.hexdigest()[:32], len(index.findings))
-
-
 def skipped_images(root: Path) -> list[tuple[str, str]]:
     """Name and reason of each image that could not be read when the set in this folder was packed."""
     try:
@@ -130,7 +112,7 @@ def skipped_images(root: Path) -> list[tuple[str, str]]:
 def load_manifest(root: str | os.PathLike[str]) -> Manifest:
     """The manifest of the tars in the folder `root`; made (with a progress bar) when it is missing or out of date.
 
-    Shards that were cut or removed stay in it, with a warning; new or replaced ones make it anew.
+    Shards that were cut, damaged or removed stay in it, with a warning; for new or replaced ones it is made anew.
 
     Raises:
         DataError: when there is no such folder, no tar in it, no sample in the tars, or the set is unfinished.
@@ -138,18 +120,22 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
     root = Path(root)
     if (root / REMOTE).is_file():
         return _remote_manifest(root)
-    manifest, _ = _stored_manifest(root, list_tars(root))
-    if manifest is not None:
-        return manifest
+    former = _stored_manifest(root, list_tars(root))
+    if former is not None and former.holds:
+        return former.manifest
     with _alone(root):  # the other ranks of a run wait here, and find it made
         tars = list_tars(root)
-        manifest, former = _stored_manifest(root, tars)
-        if manifest is None:
-            manifest = build_manifest(root, sorted(tars), former.classes if former else ())
-            if former:
-                log.warning(
-                    "%s: the tars have changed: %d samples, before %d", root, manifest.num_samples, former.num_samples
-                )
+        former = _stored_manifest(root, tars)
+        if former is None:
+            return build_manifest(root, sorted(tars))
+        if former.holds:
+            return former.manifest
+        kept, before = former.kept, former.manifest
+        manifest = build_manifest(root, sorted({*tars, *kept}), before.classes, kept)
+        log.warning(
+            "%s: the tars have changed: %d samples, before %d (%s)",
+            root, manifest.num_samples, before.num_samples, what_changed(before.shards, kept, set(tars)),
+        )  # fmt: skip
         return manifest
 
 
@@ -161,18 +147,24 @@ def _remote_manifest(root: Path) -> Manifest:
         raise DataError(f"{root} in the cache is damaged ({error}): delete it, it will be fetched anew") from error
 
 
-def _stored_manifest(
-    root: Path, tars: dict[str, os.stat_result]
-) -> tuple[Manifest | None, Manifest | None]:  # fmt: skip
-    """The manifest that describes the folder as it is, and else the one of before."""
+class _Former(NamedTuple):
+    """A manifest as it is stored, and the entries of those of its shards that keep their place."""
+
+    manifest: Manifest
+    kept: dict[str, Shard]
+    holds: bool
+
+
+def _stored_manifest(root: Path, tars: dict[str, os.stat_result]) -> _Former | None:
+    """The manifest that describes the folder as it is, else the one of before."""
     former = None
     for place, data in sorted(read_sidecar(root / MANIFEST), key=lambda found: _made_ns(found[0]), reverse=True):
         with contextlib.suppress(ValueError, OSError):
-            manifest = Manifest.from_bytes(root, data)
-            if _holds(manifest, place, tars):
-                return manifest, None
-            former = former or manifest
-    return None, former
+            found = _compare(Manifest.from_bytes(root, data), place, tars)
+            if found.holds:
+                return found
+            former = former or found
+    return former
 
 
 def _made_ns(place: Path) -> int:
@@ -192,17 +184,20 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
-def build_manifest(root: Path, names: Sequence[str], classes: tuple[str, ...] = ()) -> Manifest:
+def build_manifest(
+    root: Path, names: Sequence[str], classes: tuple[str, ...] = (), kept: Mapping[str, Shard] | None = None
+) -> Manifest:  # fmt: skip
     """Index the tars `names` in `root` as far as necessary and write the manifest.
 
-    Names of classes are in `classes.txt` beside the tars, one on each line, or else given.
+    Names of classes are in `classes.txt` beside the tars, one on each line, or else given. Entries that are `kept` stay
+    as they are, whether their tars can be read or not.
     """
-    paths = [root / name for name in names]
+    tasks = [(root / name, (kept or {}).get(name)) for name in names]
     described: dict[str, Shard] = {}
     members = Counter[str]()
-    with tqdm(total=len(paths), desc="indexing", unit="shard", disable=None, leave=False, delay=0.5) as bar:
-        workers = None if len(paths) >= _SHARDS_FOR_PROCESSES else 1
-        for path, (shard, counts) in spread(_index_shard, paths, workers=workers, tick=bar.update):
+    with tqdm(total=len(tasks), desc="indexing", unit="shard", disable=None, leave=False, delay=0.5) as bar:
+        workers = None if len(tasks) >= _SHARDS_FOR_PROCESSES else 1
+        for (path, _), (shard, counts) in spread(_index_shard, tasks, workers=workers, tick=bar.update):
             described[path.name] = shard
             members += counts
     shards = tuple(described[name] for name in names)
@@ -220,11 +215,18 @@ def build_manifest(root: Path, names: Sequence[str], classes: tuple[str, ...] = 
     return manifest
 
 
-def _index_shard(path: Path, tick: Tick) -> tuple[Shard, Counter[str]]:
-    """Index one tar and describe it; returns how many members it has of each extension, too."""
-    index = read_index(path)
-    tick(1)
-    return describe_shard(index), index.extension_counts()
+def _index_shard(task: tuple[Path, Shard | None], tick: Tick) -> tuple[Shard, Counter[str]]:
+    """Index one tar and describe it, unless its entry is given; returns its members of each extension, too."""
+    path, kept = task
+    try:
+        index = read_index(path)
+    except (DataError, OSError) as error:
+        if kept is None or isinstance(error, DataFailure):
+            raise
+        return kept, Counter()
+    finally:
+        tick(1)
+    return kept or describe_shard(index), index.extension_counts()
 
 
 def list_tars(root: Path) -> dict[str, os.stat_result]:
@@ -264,35 +266,42 @@ def _begun_by(root: Path) -> str:
         return "which one is not known: delete the folder"
 
 
-def _holds(manifest: Manifest, place: Path, tars: dict[str, os.stat_result]) -> bool:
-    """Whether a manifest still describes the folder, apart from damage, which is told but changes nothing."""
-    listed = {shard.name: shard for shard in manifest.shards}
-    if set(tars) - set(listed):
-        return False
+def _compare(manifest: Manifest, place: Path, tars: dict[str, os.stat_result]) -> _Former:
+    """Which shards of a manifest are still those it lists; what is damaged or gone is told, but keeps its place.
+
+    Unless none of them is there any more, but other tars are: then this is another set.
+    """
     made = place.stat().st_mtime_ns
-    cut, gone = [], sorted(set(listed) - set(tars))
+    kept: dict[str, Shard] = {}
+    ill: dict[str, list[str]] = {}
     newer = False
-    for name, tar in tars.items():
-        whole = tar.st_size == listed[name].bytes
-        newer = newer or tar.st_mtime_ns > made
-        if not whole or tar.st_mtime_ns > made:
-            if describe_shard(read_index(manifest.root / name)).digest != listed[name].digest:
-                return False
-            if not whole:
-                cut.append(name)
-    about = [
-        f"{len(names)} of {len(listed)} shards {what} (first: {names[0]})"
-        for names, what in ((gone, "are missing"), (cut, "were cut off"))
-        if names
-    ]
-    if about:
-        _warn_once(
-            f"{manifest.root}: {' and '.join(about)} since {MANIFEST} was written. Their samples count as bad; if this "
-            f"is meant, delete {MANIFEST}"
+    for shard in manifest.shards:
+        tar = tars.get(shard.name)
+        entry: Shard | None = shard
+        what = ""
+        if tar is None:
+            what = MISSING
+        elif tar.st_size != shard.bytes or tar.st_mtime_ns > made:
+            newer = True
+            entry, what = entry_now(manifest.root / shard.name, shard)
+        if entry is not None:
+            kept[shard.name] = entry
+        if what:
+            ill.setdefault(what, []).append(shard.name)
+    holds = tuple(kept.values()) == manifest.shards and not set(tars) - set(kept)
+    if not holds and list(kept) == ill.get(MISSING, []):
+        return _Former(manifest, {}, False)
+    if ill:
+        about = " and ".join(
+            f"{len(names)} of {len(manifest.shards)} shards {what} (first: {names[0]})" for what, names in ill.items()
         )
-    elif newer:
+        _warn_once(
+            f"{manifest.root}: {about} since {MANIFEST} was written. What they have lost counts as bad samples; if "
+            f"this is meant, delete {MANIFEST} and the .idx files of these shards"
+        )
+    elif holds and newer:
         still_good(manifest.root / MANIFEST, place, manifest.to_bytes())  # the tars were only copied or touched
-    return True
+    return _Former(manifest, kept, holds)
 
 
 @cache

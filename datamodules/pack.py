@@ -15,9 +15,10 @@ from tqdm import tqdm
 from datamodules.captions import captions_of, read_captions
 from datamodules.console import one_line, tell
 from datamodules.errors import DataError
-from datamodules.manifest import MANIFEST, SKIPPED, UNFINISHED, Manifest, Shard
+from datamodules.manifest import MANIFEST, SKIPPED, UNFINISHED, Manifest
 from datamodules.pack_plan import Job, Settings, default_samples_per_shard, make_entries, plan
 from datamodules.pack_shard import Packed, pack_shard
+from datamodules.shard_entry import Shard
 from datamodules.shard_writer import LOCK, begin_set, finish_set, note_progress, remove_leftovers
 from datamodules.sidecars import cannot_write, locked, write_aside
 from datamodules.sources import Source, list_source

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from datamodules.errors import DataError
-from datamodules.manifest import Shard, describe_shard
 from datamodules.pack_plan import Entry, Job
+from datamodules.shard_entry import Shard, describe_shard
 from datamodules.shard_writer import ShardFile, check_sample
 from datamodules.sidecars import cannot_write
 from datamodules.sources import SourceReader

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from datamodules import remote, shard_cache
 from datamodules.console import tell
 from datamodules.errors import DataError, DataFailure
-from datamodules.manifest import CLASSES, MANIFEST, REMOTE, Manifest, Shard, describe_shard
+from datamodules.manifest import CLASSES, MANIFEST, REMOTE, Manifest
+from datamodules.shard_entry import Shard, describe_shard
 from datamodules.sidecars import cannot_write, locked, write_aside
 from datamodules.tar_index import INDEX_SUFFIX, ShardIndex, read_index, scan_tar
 

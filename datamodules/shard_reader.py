@@ -111,6 +111,8 @@ class ShardReader:
         index = self._shard(shard, f"#{sample}").index
         if sample >= len(index):
             raise self._bad(shard, f"#{sample}", f"the shard has only {len(index)} samples left", passing=True)
+        if sample in index.lost:
+            raise self._bad(shard, index.key(sample), "one of its headers is destroyed", passing=True)
         return index.key(sample), index.members(sample)
 
     def _read(self, shard: int, key: str, member: Member) -> bytearray:

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from datamodules.errors import DataError
-from datamodules.manifest import MANIFEST, UNFINISHED, Manifest, Shard, describe_shard
+from datamodules.manifest import MANIFEST, UNFINISHED, Manifest
+from datamodules.shard_entry import Shard, describe_shard
 from datamodules.sidecars import cannot_write, locked, write_aside
 from datamodules.tar_index import INDEX_SUFFIX, ShardIndex, scan_tar
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from datamodules.console import tell
 from datamodules.drawing import draw
 from datamodules.errors import DataError
-from datamodules.manifest import MANIFEST, Manifest, Shard, describe_shard, load_manifest
+from datamodules.manifest import MANIFEST, Manifest, load_manifest
 from datamodules.pack_plan import default_samples_per_shard
+from datamodules.shard_entry import Shard, describe_shard
 from datamodules.shard_writer import LOCK, ShardFile, begin_set, finish_set, note_progress, remove_leftovers, shard_name
 from datamodules.sidecars import cannot_write, locked
 from datamodules.synth_scene import ATTRIBUTES, SIDE, SPLITS, Only, Scene, held_out, scene

@@ -39,17 +39,19 @@ class Member(NamedTuple):
 class ShardIndex:
     """Keys and members of one shard as a few arrays; s = samples, m = members, in the order of the tar.
 
-    `path`: the tar; `tar_bytes`: its size when indexed; `findings`: what is wrong with it.
+    `path`: the tar; `tar_bytes`: its size when indexed; `findings`: what is wrong with it; `lost`: numbers of samples
+    that it had, and of which a member's header has been destroyed since.
     """
 
     def __init__(
         self, path: str, tar_bytes: int, extensions: tuple[str, ...], arrays: dict[str, NDArray[Any]],
-        findings: tuple[Finding, ...] = (),
+        findings: tuple[Finding, ...] = (), lost: frozenset[int] = frozenset(),
     ) -> None:  # fmt: skip
         self.path = path
         self.tar_bytes = tar_bytes
         self.extensions = extensions
         self.findings = findings
+        self.lost = lost
         self.arrays = arrays
         self._first = arrays["first"]  # uint32 [s+1]: first member of each sample
         self._extension = arrays["extension"]  # uint32 [m]: into `extensions`
@@ -93,13 +95,26 @@ class ShardIndex:
         arrays = self.arrays | {"crc32": np.array(crc32, np.uint32)}
         return ShardIndex(self.path, self.tar_bytes, self.extensions, arrays, self.findings)
 
-    def begins_like(self, other: "ShardIndex") -> bool:
-        """Whether `other` is this index cut off somewhere: the same members as far as it goes."""
-        m = len(other._offset)
-        return m <= len(self._offset) and all(
-            np.array_equal(mine[:m], theirs)
-            for mine, theirs in ((self._offset, other._offset), (self._size, other._size))
-        )
+    def damaged_to(self, other: "ShardIndex") -> frozenset[int] | None:
+        """If `other` can be this index after damage to its tar, the samples that lost a header; else None.
+
+        Then it has the same members at the same places, as far as it has any. One more or of another name may be there
+        for each corrupt header, which may have held a long name, or have stood before a member of the same name.
+        Members behind the end of a tar that was cut are not meant: reading them tells.
+        """
+        if other.tar_bytes > self.tar_bytes:
+            return None
+        mine = [self._rows(i) for i in range(len(self))]
+        left = {row for i in range(len(other)) for row in other._rows(i)}
+        strangers = left.difference(*mine)
+        if len(strangers) > sum(finding.kind == "corrupt header" for finding in other.findings):
+            return None
+        gone = ({row for row in rows if row[2] + row[3] <= other.tar_bytes} - left for rows in mine)
+        return frozenset(i for i, rows in enumerate(gone) if rows)
+
+    def _rows(self, i: int) -> set[tuple[str, str, int, int]]:
+        """Key, extension, offset and size of each member of sample `i`."""
+        return {(self.key(i), extension, member.offset, member.size) for extension, member in self.members(i).items()}
 
     def same_members(self, other: "ShardIndex") -> bool:
         """Whether both have the same samples at the same places."""
@@ -151,8 +166,8 @@ def scan_tar(path: str | os.PathLike[str]) -> ShardIndex:
 def read_index(tar_path: str | os.PathLike[str]) -> ShardIndex:
     """The index of a tar from its sidecar `NAME.tar.idx`, made anew when it is missing or the tar is another one.
 
-    A tar of another size is another one, and a newer one may be. But one that was cut keeps its old index, so that the
-    lost samples are missed instead of forgotten.
+    A tar of another size is another one, and a newer one may be. But one that was cut or damaged keeps its old index,
+    so that the lost samples are missed instead of forgotten.
 
     Raises:
         DataError: as `scan_tar`, or when the sidecar can be written nowhere.
@@ -172,10 +187,13 @@ def read_index(tar_path: str | os.PathLike[str]) -> ShardIndex:
         if old.tar_bytes == index.tar_bytes and old.same_members(index):
             still_good(sidecar, place, old.to_bytes())  # the tar was only copied or touched
             return old
-        if old.tar_bytes > index.tar_bytes and old.begins_like(index):
-            detail = f"{index.tar_bytes} bytes are left of {old.tar_bytes}, {len(index)} samples of {len(old)}"
-            lost = Finding(Path(tar_path).name, "", "truncated", detail)
-            return ShardIndex(tar_path, index.tar_bytes, old.extensions, old.arrays, (*old.findings, lost))
+        if (lost := old.damaged_to(index)) is not None:
+            kind, detail = "damaged", f"{len(lost)} of {len(old)} samples have lost a header"
+            if index.tar_bytes < old.tar_bytes:
+                kind = "truncated"
+                detail = f"{index.tar_bytes} bytes are left of {old.tar_bytes}, {len(index)} samples of {len(old)}"
+            found = (*old.findings, Finding(Path(tar_path).name, "", kind, detail))
+            return ShardIndex(tar_path, index.tar_bytes, old.extensions, old.arrays, found, lost)
     write_sidecar(sidecar, index.to_bytes())
     return index
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.errors import DataError
-from datamodules.manifest import Shard, describe_shard
+from datamodules.shard_entry import Shard, describe_shard
 from datamodules.sidecars import read_sidecar
 from datamodules.tar_index import INDEX_SUFFIX, PLAIN_IMAGES, Finding, Member, ShardIndex, open_tar, scan_tar
 from datamodules.tar_samples import ARRAY
@@ -90,10 +90,13 @@ def _check_index(task: ShardToVerify, index: ShardIndex, findings: list[Finding]
             continue
         if sidecar.tar_bytes == index.tar_bytes and describe_shard(sidecar).digest == describe_shard(index).digest:
             same = same or sidecar
-        elif sidecar.tar_bytes > index.tar_bytes and sidecar.begins_like(index):
-            lost = len(sidecar) - len(index)
-            detail = f"{index.tar_bytes} of {sidecar.tar_bytes} bytes are left, {lost} whole samples are lost"
-            findings.append(Finding(name, "", "cut off", detail))
+        elif (lost := sidecar.damaged_to(index)) is not None:
+            if sidecar.tar_bytes > index.tar_bytes:
+                whole = len(sidecar) - len(index)
+                detail = f"{index.tar_bytes} of {sidecar.tar_bytes} bytes are left, {whole} whole samples are lost"
+                findings.append(Finding(name, "", "cut off", detail))
+            detail = f"{place.name} lists it, but one of its headers is destroyed"
+            findings += [Finding(name, sidecar.key(i), "lost sample", detail) for i in sorted(lost)]
         else:
             detail = f"{place} describes {len(sidecar)} samples in {sidecar.tar_bytes} bytes, not {len(index)} in "
             findings.append(Finding(name, "", "wrong index", f"{detail}{index.tar_bytes}; delete it"))

@@ -112,6 +112,16 @@ def corrupt_header(folder: Path) -> None:
     overwrite(whole(folder), begin_of(folder, 2, "jpg") + 10, b"\x99")
 
 
+def corrupt_header_and_a_missing_shard(folder: Path) -> None:
+    overwrite(whole(folder), read_index(folder / "shard-000000.tar").members(2)["jpg"].offset - 502, b"\x99",
+              "shard-000000.tar")  # fmt: skip
+    (folder / S).unlink()
+
+
+def zeros_over_a_header(folder: Path) -> None:
+    overwrite(whole(folder), begin_of(folder, 5), bytes(512))
+
+
 def corrupt_header_of_a_whole_sample(folder: Path) -> None:
     overwrite(foreign(folder), read_index(folder / "x.tar").members(5)["jpg"].offset - 500, b"\x99", "x.tar")
     (folder / "x.tar.idx").unlink()
@@ -215,8 +225,13 @@ FAULTS = [
     # What was in a tar that nobody had indexed cannot be known; that it was cut can.
     Row(foreign_cut_at_a_member_boundary, tuple(KEYS[5:8]), found=("no end marker",)),
     Row(foreign_cut_inside_a_member, tuple(KEYS[5:8]), found=("truncated",)),
-    Row(corrupt_header, ("10",), bad={(S, "10"): "no image, only cls"},
-        found=("corrupt header", "wrong index", "differs from manifest", "no image")),
+    Row(corrupt_header, ("10",), bad={(S, "10"): "one of its headers is destroyed"},
+        found=("corrupt header", "lost sample", "differs from manifest", "no image")),
+    Row(corrupt_header_and_a_missing_shard, ("02", *KEYS[8:16]),
+        bad={("shard-000000.tar", "02"): "one of its headers", **of_middle(range(8), "does not exist", known=False)},
+        found=("corrupt header", "lost sample", "differs from manifest", "no image", "missing shard")),
+    Row(zeros_over_a_header, tuple(KEYS[13:16]), bad=of_middle(range(5, 8), "one of its headers is destroyed"),
+        found=("data after the end", "lost sample", "differs from manifest")),
     Row(corrupt_header_of_a_whole_sample, ("05",), found=("corrupt header",)),
     Row(flipped_bytes_in_a_jpeg, ("10",), bad={(S, "10"): r"jpg: .*checksum differs: damaged after it was packed"},
         found=("bad image", "wrong checksum")),

@@ -14,8 +14,10 @@ import pytest
 from datamodules import manifest
 from datamodules.errors import DataError
 from datamodules.manifest import MANIFEST, Manifest, load_manifest
+from datamodules.shard_reader import BadSampleError, ShardReader
 from datamodules.shard_writer import ShardWriter
 from datamodules.tar_index import read_index
+from datamodules.verify import verify
 from tests.datamodules.tar_builders import write_tar
 
 
@@ -135,6 +137,79 @@ def test_cut_and_missing_shards_keep_their_place(foreign: Path, caplog: pytest.L
         assert "1 of 3 shards are missing (first: part-2.tar)" in message
         assert "1 of 3 shards were cut off (first: part-1.tar)" in message
     assert len(read_index(foreign / "part-1.tar")) == 11
+
+
+def destroy_header(path: Path, sample: int, extension: str = "jpg") -> None:
+    """One byte in the header of a member is another one, as after a bad copy: the tar keeps its size."""
+    offset = read_index(path).members(sample)[extension].offset
+    with path.open("r+b") as file:
+        file.seek(offset - 500)
+        file.write(b"\x99")
+
+
+def test_damage_to_one_shard_does_not_drop_another(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, written = load_manifest(foreign), (foreign / MANIFEST).read_bytes()
+    destroy_header(foreign / "part-0.tar", 4)
+    destroy_header(foreign / "part-0.tar", 4, "cls")  # the whole sample
+    (foreign / "part-2.tar").unlink()
+    for _ in range(2):
+        assert load_manifest(foreign) == first and (foreign / MANIFEST).read_bytes() == written
+        assert [finding.kind for finding in verify(foreign, workers=1)].count("missing shard") == 1
+    (message,) = caplog.messages
+    assert "1 of 3 shards are damaged (first: part-0.tar) and 1 of 3 shards are missing (first: part-2.tar)" in message
+    reader = ShardReader(first)
+    assert [reader.key(0, i) for i in (3, 5, 9)] == ["s0k03", "s0k05", "s0k09"]
+    with pytest.raises(BadSampleError, match="one of its headers is destroyed") as caught:
+        reader.key(0, 4)
+    assert caught.value.key == "s0k04" and caught.value.passing
+
+
+@pytest.mark.parametrize("other", ["new", "replaced"])
+def test_shards_that_are_lost_keep_their_count_when_others_make_it_anew(
+    other: str, foreign: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = load_manifest(foreign)
+    (foreign / "part-1.tar").unlink()
+    (foreign / "part-2.tar").write_bytes(b"\x1f\x8b" + bytes(500))  # compressed over night
+    name = {"new": "part-3.tar", "replaced": "part-0.tar"}[other]
+    write_tar(foreign / name, [(f"y{i}.jpg", b"123") for i in range(5)])
+    second = load_manifest(foreign)
+    lost = first.shards[1:]
+    assert tuple(shard for shard in second.shards if shard.name in ("part-1.tar", "part-2.tar")) == lost
+    assert second.num_samples == {"new": 38, "replaced": 28}[other] and second.hash != first.hash
+    assert f"{second.num_samples} samples, before 33 (1 {other}, {name})" in caplog.text
+    if other == "new":
+        assert "missing (first: part-1.tar) and 1 of 3 shards cannot be read (first: part-2.tar)" in caplog.text
+    assert load_manifest(foreign) == second
+    with pytest.raises(BadSampleError, match="does not exist"):
+        ShardReader(second).key(1, 10)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_without_its_index_a_damaged_shard_keeps_its_count_only(cut: bool, foreign: Path) -> None:
+    """What a manifest tells of a tar is not which samples were in it: later ones have moved up, hence another hash."""
+    first, path = load_manifest(foreign), foreign / "part-1.tar"
+    if cut:
+        os.truncate(path, read_index(path).members(10)["jpg"].offset - 512)
+    else:
+        destroy_header(path, 4)
+        destroy_header(path, 4, "cls")
+    (foreign / "part-1.tar.idx").unlink()
+    for _ in range(2):
+        second = load_manifest(foreign)
+        assert np.array_equal(second.counts, first.counts) and second.hash != first.hash
+    assert ShardReader(second).key(1, 9) == ("s1k09" if cut else "s1k10")
+    with pytest.raises(BadSampleError, match="the shard has only 10 samples left"):
+        ShardReader(second).key(1, 10)
+
+
+def test_another_set_in_the_same_folder(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_manifest(foreign)
+    for name in ("part-0.tar", "part-2.tar"):
+        (foreign / name).unlink()
+    write_tar(foreign / "part-1.tar", [(f"y{i}.jpg", bytes(50)) for i in range(5)])
+    assert load_manifest(foreign).num_samples == 5
+    assert "5 samples, before 33 (1 replaced, part-1.tar, 2 dropped, part-0.tar)" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"shards": 1}', "edit", "format"])

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.manifest import Manifest, Shard, load_manifest
+from datamodules.manifest import Manifest, load_manifest
 from datamodules.open_shards import open_shards
 from datamodules.order import Order
 from datamodules.prefetch import Prefetcher, TrainAhead
 from datamodules.recipes import MAERecipe
 from datamodules.shard_datamodule import ShardDataModule
+from datamodules.shard_entry import Shard
 
 
 def wait_for(condition, seconds: float = 5.0) -> bool:

@@ -14,9 +14,10 @@ import pytest
 
 from datamodules import shard_cache
 from datamodules.errors import DataError, DataFailure
-from datamodules.manifest import Manifest, Shard
+from datamodules.manifest import Manifest
 from datamodules.prefetch import Prefetcher
 from datamodules.shard_cache import cached, remote_cache, space, touch
+from datamodules.shard_entry import Shard
 
 
 @pytest.fixture

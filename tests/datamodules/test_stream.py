@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from datamodules.bad_samples import BadSamples
 from datamodules.errors import DataError
-from datamodules.manifest import Manifest, Shard, load_manifest
+from datamodules.manifest import Manifest, load_manifest
 from datamodules.order import Order
 from datamodules.recipes import DINORecipe, MAERecipe
+from datamodules.shard_entry import Shard
 from datamodules.shard_reader import BadSampleError, ShardReader
 from datamodules.stream import StepLoader, TrainStream
 

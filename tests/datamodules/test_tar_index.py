@@ -189,6 +189,30 @@ def test_a_cut_tar_keeps_its_index(tmp_path: Path) -> None:
         assert "20 samples of 30" in cut.findings[0].detail
 
 
+@pytest.mark.parametrize("block", ["name", "long name", "nothing"])
+def test_a_damaged_tar_keeps_its_index_and_tells_what_is_lost(tmp_path: Path, block: str) -> None:
+    key = "ü" * 60 if block == "long name" else "b05"  # in a header of its own, before the member's
+    names = [*(f"b{i:02d}.{end}" for i in range(5) for end in ("cls", "jpg")), f"{key}.cls", f"{key}.jpg", "c.jpg"]
+    path = write_tar(tmp_path / "a.tar", [(name, b"7" * 30) for name in names])
+    whole = read_index(path)
+    at = whole.members(5)["jpg"].offset
+    with path.open("r+b") as file:
+        file.seek(at - (1536 if block == "long name" else 512))
+        file.write(bytes(512) if block == "nothing" else b"\x99")  # zeros end a tar
+    for _ in range(2):
+        damaged = read_index(path)
+        assert damaged.same_members(whole) and damaged.tar_bytes == path.stat().st_size
+        assert damaged.lost == ({5, 6} if block == "nothing" else {5})
+        assert [finding.kind for finding in damaged.findings] == ["damaged"]
+
+
+def test_other_samples_of_the_same_sizes_are_another_tar(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"b{i}.jpg", b"%d" % i) for i in range(9)])
+    read_index(path)
+    write_tar(path, [(f"c{i}.jpg", b"%d" % i) for i in range(9)])
+    assert read_index(path).key(0) == "c0" and not read_index(path).lost
+
+
 def test_read_only_folders_use_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tar(tmp_path / "a.tar", ODD)
     monkeypatch.setenv("TRIVIT_CACHE", str(tmp_path / "cache"))

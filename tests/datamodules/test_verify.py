@@ -149,7 +149,7 @@ S = "shard-000001.tar"
         (cut_inside, [(S, "k06.jpg", "truncated"), (S, "", "cut off"), (S, "", "differs from manifest"),
                       (S, "k06", "no image"), (S, "k06", "no caption")]),
         (cut_between, [(S, "", "no end marker"), (S, "", "cut off"), (S, "", "differs from manifest")]),
-        (corrupt_header, [(S, "", "corrupt header"), (S, "", "wrong index"), (S, "", "differs from manifest"),
+        (corrupt_header, [(S, "", "corrupt header"), (S, "k06", "lost sample"), (S, "", "differs from manifest"),
                           (S, "k06", "no image")]),
         (flip_caption, [(S, "k06", "wrong checksum")]),
         (remove_shard, [(S, "", "missing shard")]),
