@@ -24,6 +24,7 @@ from evaluation.floors import floors as compute_floors
 from evaluation.labels import check_labelled, match_labels
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
 from evaluation.ranks import one_decimal
+from tasks.encoder_config import Pool
 from tasks.encoder_files import checkpoint_hash, load_encoder
 
 NAMES = {"knn": "kNN", "linear": "linear"}
@@ -41,6 +42,7 @@ def evaluate(
     templates: str | Sequence[str] | None = None,
     class_names: str | None = None,
     class_fields: Sequence[str] | None = None,
+    pool: Pool | None = None,
     floors: bool = True,
     device: str | None = None,
     batch_size: int = 256,
@@ -59,6 +61,8 @@ def evaluate(
         settings: of the probes; None: the papers'.
         templates, class_names: of zeroshot, see `make_prompts`; None: those that the run was trained with, if any.
         class_fields: of zeroshot, fields of the samples' `.json`: all combinations of their values are the classes.
+        pool: what the probes see, class token, mean of the patch tokens or both (zeroshot and retrieval: always the
+            joint space); None: as the encoder's config says.
         floors: score raw pixels and the untrained encoder too (cached per data set).
         device: None: CUDA if there is one.
         batch_size: images in a forward pass.
@@ -80,7 +84,9 @@ def evaluate(
     source = str(source)
     place = results_file(source, output)
     encoder = load_encoder(source)
-    config = encoder.config
+    if pool is not None and pool != "mean" and not encoder.config.class_token:
+        raise EvaluationError(f"{source} has no class token: use --pool mean")
+    encoder.config = config = replace(encoder.config, pool=pool or encoder.config.pool)
     device = device or pick_device()
     settings = replace(settings or ProbeSettings(), device=device)
     test_root = open_shards(test)

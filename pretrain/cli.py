@@ -147,6 +147,9 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="comma-separated: knn,linear (default), attributes; for a CLIP also zeroshot, retrieval",
     )
     evaluate.add_argument(
+        "--pool", choices=("cls", "mean", "cls+mean"), help="tokens that are probed (default: as the run says)"
+    )
+    evaluate.add_argument(
         "--templates", metavar="FILE", help="of zeroshot: imagenet (80), simple (7), or a file with {} for the name"
     )
     evaluate.add_argument("--class-names", metavar="FILE", help="of zeroshot: a table of what the classes are called")
@@ -270,6 +273,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         output=arguments.output,
         templates=arguments.templates,
         class_names=arguments.class_names,
+        pool=arguments.pool,
         class_fields=arguments.class_fields and [name.strip() for name in arguments.class_fields.split(",")],
     )
     return 0

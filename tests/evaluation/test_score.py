@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from datamodules.errors import DataError
 from evaluation.errors import EvaluationError
 from evaluation.probes import ProbeSettings
 from evaluation.score import evaluate, merge, results_file
+from pretrain.cli import main
+from tasks.encoder_files import save_encoder
+from tasks.encoders import Encoder
 from tasks.errors import TaskError
-from tests.evaluation.conftest import CLASSES, make_run, write_images
+from tests.evaluation.conftest import CLASSES, CONFIG, make_run, write_images
 
 
 def run_evaluate(source: Path, train: Path, test: Path, **options: Any) -> dict[str, Any]:
@@ -68,6 +72,23 @@ def test_small_train_sets_get_the_ks_that_fit(cache: Path, encoder_file: Path, t
     tiny = write_images(tmp_path / "tiny", 12)
     with pytest.raises(EvaluationError, match="k = 20 needs at least 20 train images, there are 12"):
         run_evaluate(encoder_file, tiny, world / "test", probes=("knn",), floors=False)
+
+
+def test_what_is_probed_may_be_chosen(
+    cache: Path, encoder_file: Path, tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = world / "train", world / "test"
+    output = ["--train", str(train), "--test", str(test), "--probes", "knn", "--output", str(tmp_path)]
+    assert main(["evaluate", str(encoder_file), *output, "--pool", "cls+mean"]) == 0
+    widths = [json.loads(about.read_text())["width"] for about in cache.rglob("about.json")]
+    assert 2 * 24 in widths
+    both = json.loads((tmp_path / "results.json").read_text())["knn"]
+    mean = run_evaluate(encoder_file, train, test, probes=("knn",), floors=False)["knn"]
+    assert (both["protocol"]["pool"], mean["protocol"]["pool"]) == ("cls+mean", "mean")
+    bare = tmp_path / "bare.safetensors"
+    save_encoder(Encoder(replace(CONFIG, class_token=False)), bare)
+    with pytest.raises(EvaluationError, match="has no class token: use --pool mean"):
+        run_evaluate(bare, train, test, pool="cls+mean")
 
 
 def test_bad_input_is_one_clear_line(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:
