@@ -85,7 +85,7 @@ def safe_keys(source: Source) -> list[str]:
 def with_hash(key: str, text: str) -> str:
     """A key made unique by a hash of `text`, and not too long."""
     head = key.encode()[: _LONGEST_KEY - 13].decode("utf-8", "ignore").rstrip("/")
-    return f"{head}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{head}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:12]}"
 
 
 def _safe(part: str) -> str:

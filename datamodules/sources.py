@@ -65,7 +65,7 @@ class Source:
         """Changes when an image is added, removed, renamed, resized, or labelled anew by a table."""
         digest = hashlib.sha256()
         for image in self.images:
-            digest.update(f"{image.name}\0{image.size}\0".encode())
+            digest.update(f"{image.name}\0{image.size}\0".encode(errors="surrogateescape"))  # a name need not be UTF-8
         if self.numbers:
             digest.update(json.dumps([self.classes, self.numbers]).encode())
         return digest.hexdigest()[:12]

@@ -87,6 +87,17 @@ def test_odd_names_become_safe_and_stay_unique(tmp_path: Path) -> None:
     }
 
 
+def test_names_that_are_not_utf8(folders: Path, tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(b"gr\xfc\xdfe.jpg"))
+    (folders / "cat" / odd).write_bytes(picture(1))
+    (folders / "cat" / Path(os.fsdecode(b"\xff" * 100 + b".jpg"))).write_bytes(picture(2))
+    (folders / "dog" / odd).write_bytes(b"no")
+    pack(folders, tmp_path / "set", workers=2)
+    assert pack(folders, tmp_path / "set", extend=True, workers=1).num_samples == 62
+    assert read(tmp_path / "set")["cat/gr__e"]["jpg"] == picture(1)
+    assert (tmp_path / "set" / SKIPPED).read_text().startswith("dog/gr e.jpg\t")
+
+
 def test_resize_shrinks_only_what_is_larger(tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
