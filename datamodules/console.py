@@ -1,5 +1,6 @@
 """What the shard commands say: lines beside a progress bar, and tables; nothing unprintable reaches a terminal."""
 
+import multiprocessing
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -8,8 +9,12 @@ from tqdm import tqdm
 
 
 def tell(line: str) -> None:
-    """One line on stderr, above the progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    """One line on stderr, above the progress bar if there is one; from a worker process in the bar's place."""
+    if multiprocessing.parent_process() is None:
+        tqdm.write(line, file=sys.stderr)
+    else:  # the bar is another process's, and this one's copy of it would be drawn as it once was
+        sys.stderr.write(f"\r\x1b[K{line}\n" if sys.stderr.isatty() else f"{line}\n")
+        sys.stderr.flush()
 
 
 def one_line(text: str) -> str:

@@ -1,8 +1,9 @@
 """Files behind http(s)://, s3:// and gs:// URLs, read through fsspec.
 
 Nothing waits for ever: connecting and every stalled read have a limit. What may pass (5xx, a cut connection, a stall)
-is tried again, what will not (403, 404) is not. Credentials come from the environment (AWS's and Google's variables,
-.netrc, fsspec's FSSPEC_*); a URL that holds one is refused, because URLs are written to config.yaml, logs and errors.
+is tried again, and a line says so; what will not (403, 404) is not. Credentials come from the environment (AWS's and
+Google's variables, .netrc, fsspec's FSSPEC_*); a URL that holds one is refused, because URLs are written to
+config.yaml, logs and errors.
 """
 
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from datamodules.console import one_line, tell
 from datamodules.errors import DataError
 from datamodules.sidecars import DISK_FULL
 
@@ -27,6 +29,7 @@ PATIENT = (1.0, 4.0, 15.0, 40.0)
 """Seconds between tries while training: a server may be restarted, a switch replaced."""
 IMPATIENT = (0.5, 2.0)
 """Seconds between tries at the start, when somebody is waiting and a wrong address is likelier."""
+_SECONDS_BETWEEN_LINES = 3.0
 _CUT = (
     "PayloadError", "DisconnectedError", "StreamingError", "ContentLengthError", "TransferEncodingError",
     "IncompleteRead", "ConnectionClosedError",
@@ -214,8 +217,20 @@ def _try(
             if not passes or tries == len(pauses):
                 often = f", {tries + 1} times" if tries else ""
                 raise DataError(f"{url}: {why}{often}") from None
+        _tell_of_waiting(url, f"{why} (try {tries + 1} of {len(pauses) + 1}, next in {pauses[tries]:g} s)")
         time.sleep(pauses[tries])
         tries += 1
+
+
+_told: dict[str, float] = {}
+
+
+def _tell_of_waiting(url: str, why: str) -> None:
+    """One line that says what is waited for, unless there was one about the same file just now."""
+    now = time.monotonic()
+    if now - _told.get(url, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES:
+        _told[url] = now
+        tell(one_line(redact(f"{url}: {why}")))
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -1,5 +1,10 @@
 """Tables and lines for a terminal."""
 
+import multiprocessing
+import sys
+
+from tqdm import tqdm
+
 from datamodules.console import one_line, table, tell
 
 
@@ -12,6 +17,17 @@ def test_columns_are_aligned(capsys) -> None:
     assert table(("a", "b"), []) == "a  b"
     tell("a line")
     assert capsys.readouterr().err == "a line\n"
+
+
+def test_a_worker_leaves_the_bar_to_the_process_that_draws_it(capfd) -> None:
+    with tqdm(total=10, desc="bar", file=sys.stderr):
+        worker = multiprocessing.get_context("fork").Process(target=tell, args=("from a worker",))
+        worker.start()
+        worker.join()
+        err = capfd.readouterr().err
+        assert "from a worker\n" in err and err.count("bar:") <= 1
+        tell("from here")
+        assert "from here\n" in capfd.readouterr().err
 
 
 def test_nothing_unprintable() -> None:

@@ -105,6 +105,35 @@ def test_a_file_that_cannot_be_had(web, picture_set, tmp_path, monkeypatch, faul
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{web.url}/shard-000000.tar")
 
 
+@pytest.mark.parametrize("between", [0.0, 60.0])
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [("500", "the server answers 500"), ("cut", "the connection was cut"), ("stall", "no answer within 0.3 s"),
+     ("403", ""), ("404", "")],
+)  # fmt: skip
+def test_what_is_waited_for_is_told(web, tmp_path, monkeypatch, capsys, fault, why, between):
+    """With every try, but not more often than every few seconds about one file."""
+    monkeypatch.setattr(remote, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "_SECONDS_BETWEEN_LINES", between)
+    web.faults["/shard-000000.tar"] = (fault, None)
+    url = f"{web.url}/shard-000000.tar"
+    with pytest.raises(DataError):
+        download(url, tmp_path / "x", None, remote.PATIENT)
+    lines = [f"{url}: {why} (try 1 of 3, next in 0.05 s)", f"{url}: {why} (try 2 of 3, next in 0.1 s)"]
+    assert capsys.readouterr().err.splitlines() == (lines[: 1 if between else 2] if why else [])
+
+
+def test_no_secret_is_told_while_waiting(cache, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("from https://h/x?X-Amz-Signature=SECRET and\nhttp://anna:SECRET@h/y")
+
+    monkeypatch.setattr(remote, "_files", lambda _: SimpleNamespace(cat_file=fail))
+    with pytest.raises(DataError):
+        read("https://h/x", remote.IMPATIENT)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "https://h/x?***" in line and "try 1 of 2" in line and "SECRET" not in line
+
+
 @FAULTS
 def test_the_same_over_s3(picture_set, cache, tmp_path, monkeypatch, fault, message, requests):
     """A web server is an S3 server to someone who only gets."""

@@ -128,7 +128,7 @@ def test_with_bandwidth_the_loader_does_not_wait(own_web, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["500", "403", "404", "cut", "stall", "short"])
-def test_a_lost_shard_is_counted_and_replaced(web, picture_set, monkeypatch, fault):
+def test_a_lost_shard_is_counted_and_replaced(web, picture_set, monkeypatch, capfd, fault):
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.2)
     web.faults["/shard-000003.tar"] = (fault, None)
     data = module(web.url)
@@ -138,6 +138,9 @@ def test_a_lost_shard_is_counted_and_replaced(web, picture_set, monkeypatch, fau
     assert time.monotonic() - began < 20
     assert len(seen) == 100 and not any("shard-000003" in key for key in seen)
     assert steps.bad_samples.count == 16  # each of its samples has a place in the epoch
+    told = [line for line in capfd.readouterr().err.splitlines() if "(try 1 of 3, next in 0.05 s)" in line]
+    assert len(told) == (0 if fault in ("403", "404") else 1)  # by the one worker that fetches it for both
+    assert all(line.startswith(f"{web.url}/shard-000003.tar: ") for line in told)
     budget = loader(module(web.url), range(10), workers=1, budget=0.0)
     with pytest.raises(DataError, match=rf"bad samples in {web.url} are more than .*shard-000003.tar"):
         list(budget)
