@@ -33,6 +33,7 @@ from tasks.open_clip_names import (
     State,
     described,
     is_open_clip,
+    is_openai,
     our_names,
     text_config,
     their_name,
@@ -65,7 +66,7 @@ def load_clip(source: str | Path, *, image_size: int | None = None) -> CLIP:
         state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
     elif is_open_clip(content):
         theirs = weights(content)
-        config, settings = described(theirs, Path(source))
+        config, settings = described(theirs, Path(source), is_openai(content))
         state = our_names(theirs)
     else:
         raise TaskError(f"{source} holds no CLIP, neither of trivit nor of open_clip")

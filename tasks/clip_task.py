@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
 from tasks.clip import CLIP, Head, Loss
@@ -122,7 +123,20 @@ class CLIPTask(PretrainTask):
         super().on_fit_start()
         if self.trainer.accumulate_grad_batches > 1:
             raise TaskError("CLIP accumulates by itself, with all negatives: set data.device_batch_size instead")
-        _ = self.model.text.tokenizer.end_id  # what cannot be read or fetched should be known before workers start
+        words = self.model.text.tokenizer
+        end, size = words.end_id, words.vocab_size  # what cannot be read or fetched is known before workers start
+        if self.model.text.config.pool == "end" and end != size - 1:
+            raise TaskError(
+                f"the text tower finds the end of a text as its largest id, but in {words.vocabulary} the end is id "
+                f"{end} of {size:,}: learn a vocabulary with tasks.tokenizer.train_bpe, or give that id the last place"
+            )
+        layout = self._data.layout(self.trainer.world_size)
+        normed = not self.lock_image and any(isinstance(part, _BatchNorm) for part in self.model.modules())
+        if normed and layout.accumulate > 1:
+            raise TaskError(
+                f"BatchNorm would see the {layout.micro_batch} pairs of a micro-batch, not the batch: raise "
+                "data.device_batch_size, use more devices, or take an encoder without BatchNorm"
+            )
         if self._data.global_batch_size < 2:
             raise TaskError("CLIP compares the pairs of a batch: data.global_batch_size must be at least 2")
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,21 @@ def is_open_clip(content: Any) -> bool:
 
 def weights(content: Any) -> State:
     """The state dict in a file's content; empty where there is none."""
+    state = _state(content)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in _NOT_WEIGHTS}
+
+
+def is_openai(content: Any) -> bool:
+    """Whether it is one of OpenAI's own files, whose towers have QuickGELU: three numbers lie among the weights."""
+    return any(name in _state(content) for name in _NOT_WEIGHTS)
+
+
+def _state(content: Any) -> dict[str, Any]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         return {}
-    state = {str(name).removeprefix("module."): value for name, value in content.items()}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in _NOT_WEIGHTS}
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
 def our_names(state: State) -> State:
@@ -110,11 +120,12 @@ def _our_name(name: str) -> str:
     return name
 
 
-def described(state: State, source: Path) -> tuple[EncoderConfig, dict[str, Any]]:
+def described(state: State, source: Path, openai: bool = False) -> tuple[EncoderConfig, dict[str, Any]]:
     """The encoder, and the further arguments of `CLIP`, that a folder's config or else the shapes of a state dict tell.
 
     Shapes do not tell the number of heads, the activation and the image statistics: without a config there are 64
-    channels to a head (or as many as published), exact GELU, and OpenAI's statistics.
+    channels to a head (or as many as published), exact GELU (QuickGELU in OpenAI's files), and OpenAI's statistics.
+    Images are resized to the encoder's size before the crop, as open_clip does.
 
     Raises:
         TaskError: a tower that cannot be built here.
@@ -127,7 +138,7 @@ def described(state: State, source: Path) -> tuple[EncoderConfig, dict[str, Any]
         "mean": tuple(prepared.get("mean", CLIP_MEAN)),
         "std": tuple(prepared.get("std", CLIP_STD)),
     }
-    quick = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    quick = "quick_gelu" if model.get("quick_gelu", openai) else "gelu"
     unknown = [f"vision {key}" for key, value in vision.items() if value and key not in _VISION_KEYS]
     unknown += [f"text {key}" for key, value in text.items() if value and key not in _TEXT_KEYS]
     unknown += [f"tokenizer {key}" for key in text.get("tokenizer_kwargs") or {} if key != "clean"]
@@ -152,7 +163,7 @@ def described(state: State, source: Path) -> tuple[EncoderConfig, dict[str, Any]
         "loss": "sigmoid" if "logit_bias" in state else "softmax",
         "image_head": "map" if vision.get("timm_pool") == "map" else "linear",
     }
-    return encoder, settings
+    return replace(encoder, eval_resize=encoder.image_size), settings
 
 
 def _native(state: State, vision: dict[str, Any], activation: Any, statistics: Any) -> EncoderConfig:

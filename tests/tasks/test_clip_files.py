@@ -100,6 +100,18 @@ def test_bare_state_dicts_and_training_checkpoints_load(tmp_path: Path) -> None:
     assert encoder.config.pool == "cls" and encoder.config.pre_norm
 
 
+def test_files_of_openai_have_quick_gelu(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = disturbed(OpenCLIP(12, VISION, WORDS, quick_gelu=True))
+    numbers = {"input_resolution": 16, "context_length": 16, "vocab_size": 49408}
+    told = {name: torch.tensor(value) for name, value in numbers.items()}
+    torch.save({**theirs.state_dict(), **told}, tmp_path / "openai.pt")
+    clip = load_clip(tmp_path / "openai.pt")
+    assert_same(clip, theirs)
+    assert clip.encoder.config.activation == clip.text.config.activation == "quick_gelu"
+    assert clip.encoder.config.resize == clip.encoder.config.image_size, "open_clip resizes to the crop's size"
+
+
 def test_what_is_no_clip_is_refused(tmp_path: Path) -> None:
     theirs = OpenCLIP(12, VISION, WORDS)
     state = theirs.state_dict()

@@ -1,5 +1,6 @@
 """CLIPTask in a Trainer: big batches, exact resume, starting points, locked towers, captions, groups, rates."""
 
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -251,3 +252,21 @@ def test_what_a_run_contradicts() -> None:
         fit(tiny_task(), 2, accumulate_grad_batches=2)
     with pytest.raises(TaskError, match="at least 2"):
         fit(tiny_task(), 2, Pairs(1))
+
+
+def test_batch_norm_is_not_cut_into_micro_batches() -> None:
+    """It would see a part of the batch, and see it again when that part is computed anew."""
+    resnet = EncoderConfig(arch="timm:test_resnet", image_size=32, pool="mean")
+    with pytest.raises(TaskError, match="BatchNorm would see the 4 pairs of a micro-batch"):
+        fit(tiny_task(resnet), 1, Pairs(8, 4, size=32))
+    fit(tiny_task(resnet), 1, Pairs(8, 8, size=32))
+
+
+def test_a_vocabulary_whose_end_is_not_its_largest_id(tmp_path: Path) -> None:
+    words = tmp_path / "words.json"
+    train_bpe(["a red circle", "two blue squares"] * 9, words, vocab_size=300)
+    content = json.loads(words.read_text())
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": 300, "content": "<later>"})
+    words.write_text(json.dumps(content))
+    with pytest.raises(TaskError, match=r"words\.json the end is id \d+ of \d+: learn a vocabulary"):
+        fit(tiny_task(text=replace(TEXT, tokenizer=str(words), vocab_size=None)), 1)
