@@ -147,6 +147,10 @@ def peak_memory(device: torch.device) -> float:
     """The most memory in GiB that this process has held so far: of its GPU, by tensors; without one, of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError, StopIteration):
+        # `ru_maxrss` begins with the memory of the process that started this one.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**20
     units = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units / 2**30
 
