@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slurm.errors import SlurmError
@@ -14,13 +14,13 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Job:
-    """A training job: one process for each GPU, or `tasks_per_node` processes without GPUs.
+    """A training job: one process for each GPU, or `tasks` processes of a node without GPUs.
 
     Args:
         name: shown by squeue.
         nodes: how many.
         gpus_per_node: 0: train on CPUs.
-        tasks_per_node: processes of a node; None: one for each GPU, or one.
+        tasks: processes of a node; None: one for each GPU, or one.
         cpus_per_task: cores of a process.
         mem: memory of a node, in SLURM's manner (64G).
         partition, account, qos: as the cluster calls them.
@@ -122,9 +122,19 @@ def pretrain_script(job: Job, made_by: str, script: Path, output: Path, program:
 def evaluate_script(
     job: Job, made_by: str, output: Path, evaluate: Sequence[str], report: Sequence[str]
 ) -> str:  # fmt: skip
-    """The batch script that evaluates the finished run and writes its report."""
+    """The batch script that evaluates the finished run with one process and writes its report.
+
+    Args:
+        job: what the training job asked for.
+        made_by, output: as of `pretrain_script`.
+        evaluate, report: the commands.
+    """
+    alone = replace(
+        job, name=f"{job.name}-evaluate", nodes=1, gpus_per_node=min(job.gpus_per_node, 1), tasks=None, mem=None,
+        time=None,
+    )  # fmt: skip
     return _render(
-        "evaluate.sbatch.jinja", job, made_by, output, evaluate=shlex.join(evaluate), report=shlex.join(report)
+        "evaluate.sbatch.jinja", alone, made_by, output, evaluate=shlex.join(evaluate), report=shlex.join(report)
     )  # fmt: skip
 
 
