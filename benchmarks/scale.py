@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.memory import resident_mib
 from benchmarks.table import Row, show
 from datamodules.manifest import MANIFEST, Manifest, load_manifest
 from datamodules.order import Order
@@ -70,18 +71,12 @@ def simulate(folder: Path, shards: int = SHARDS, samples: int = SAMPLES) -> None
     (folder / MANIFEST).write_bytes(Manifest(folder, listed, members={"jpg": shards * samples}).to_bytes())
 
 
-def _peak_mb() -> float:
-    """Linux's own account: `ru_maxrss` begins with the memory of the process that started this one."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
-
-
 def _child(folder: Path) -> dict[str, float]:
     """Start as a run does, then go through the epochs."""
     manifest = load_manifest(folder)
     order = Order(manifest.counts, seed=0, global_batch_size=BATCH)
     order.batch(0)
-    ready, memory = time.time(), _peak_mb()
+    ready, memory = time.time(), resident_mib("VmHWM") * 2**20 / 1e6
     start = time.perf_counter()
     Order(manifest.counts, seed=0, global_batch_size=BATCH).batch(10_000_000)
     resume = 1e3 * (time.perf_counter() - start)

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 
+from benchmarks.memory import resident_mib
 from datamodules.shard_datamodule import Layout
 from pretrain.checks import fill_in
 from pretrain.config import instantiate, parse
@@ -94,14 +94,8 @@ def peak_memory(make: Callable[..., Step], *arguments: Any, steps: int = 3) -> f
 def _grow(make: Callable[..., Step], arguments: Sequence[Any], steps: int) -> float:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    before = _resident("VmRSS")
+    before = resident_mib("VmRSS")
     step = make(*arguments)
     for _ in range(steps):
         step()
-    return _resident("VmHWM") - before
-
-
-def _resident(what: str) -> float:
-    """Linux's own account: unlike `ru_maxrss` it does not begin with the memory of the process that started this."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) / 1024
+    return resident_mib("VmHWM") - before
