@@ -47,8 +47,10 @@ def check(config: Namespace) -> None:
         raise RunError("give the length of the run once: epochs, or trainer.max_steps")
     if config.epochs is not None and config.epochs <= 0:
         raise RunError(f"epochs must be positive, not {config.epochs}")
-    units = {"checkpoint_every": "optimiser steps", "log_every": "optimiser steps"}
-    for key, unit in {**units, "start_timeout": "seconds", "step_timeout": "seconds"}.items():
+    for key, unit in (
+        ("checkpoint_every", "optimiser steps"), ("log_every", "optimiser steps"),
+        ("start_timeout", "seconds"), ("step_timeout", "seconds"),
+    ):  # fmt: skip
         if config[key] < 1:
             raise RunError(f"{key} counts {unit} and must be at least 1, not {config[key]}")
     defaults = {name: parameter.default for name, parameter in signature(Trainer).parameters.items()}

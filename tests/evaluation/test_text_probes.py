@@ -99,13 +99,19 @@ def test_floors_of_earlier_probes_stay(checkpoint: Path, shards: Path, tmp_path:
     assert set(results["floors"]) == {"raw_pixels", "untrained", "chance"}
 
 
-def test_the_report_shows_zero_shot_beside_chance_and_what_is_mistaken(
-    checkpoint: Path, shards: Path, tmp_path: Path
-) -> None:
+def run_of(checkpoint: Path, tmp_path: Path) -> Path:
+    """A folder as a run of 40 steps leaves it, with that checkpoint."""
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").write_bytes(checkpoint.read_bytes())
     (run / "config.yaml").write_text("model: {class_path: tasks.clip_task.CLIPTask}\ntrainer: {max_steps: 40}\n")
+    return run
+
+
+def test_the_report_shows_zero_shot_beside_chance_and_what_is_mistaken(
+    checkpoint: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = run_of(checkpoint, tmp_path)
     found = evaluate(run, test=shards, probes=("zeroshot",), progress=False)["zeroshot"]
     page = report([run]).read_text()
     assert "Zero-shot: what is taken for what" in page and "confusion of classes" in page and ">Chance<" in page
@@ -113,10 +119,7 @@ def test_the_report_shows_zero_shot_beside_chance_and_what_is_mistaken(
 
 
 def test_the_report_shows_what_finds_what(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "last.ckpt").write_bytes(checkpoint.read_bytes())
-    (run / "config.yaml").write_text("model: {class_path: tasks.clip_task.CLIPTask}\n")
+    run = run_of(checkpoint, tmp_path)
     found = evaluate(run, test=shards, probes=("retrieval",), progress=False)["retrieval"]
     page = report([run]).read_text()
     section = page[page.index("<h2>Retrieval</h2>") :]
