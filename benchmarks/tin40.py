@@ -3,8 +3,8 @@
     python -m benchmarks.tin40 --data /path/to/tin40 --work /tmp/tin40 --configs mae_tin40 --seeds 0 1 2
 
 `--data` holds `train.tar` and `val.tar` (class folders inside) and, for CLIP, `classes.tsv`. Nothing is chosen on the
-validation images: the
-configs are fixed, and the linear probe chooses its strength on a tenth of train.
+validation images: the configs are fixed, and the linear probe chooses its strength on a tenth of train. What follows
+`--` goes to `trivit pretrain`, as in `... --seeds 0 -- --trainer.precision bf16-mixed`.
 """
 
 import argparse
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--configs", nargs="+", default=["mae_tin40"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("options", nargs="*", help="of trivit pretrain, after --")
     arguments = parser.parse_args()
     train, test = arguments.work / "train", arguments.work / "val"
     run("shards", "pack", arguments.data / "train.tar", train)
@@ -32,7 +33,8 @@ def main() -> None:
     print("| config | seed | " + " | ".join(PROBES.values()) + " |\n|---|---|" + "---:|" * len(PROBES))
     for config in arguments.configs:
         names = ["--data.recipe.captions.class_names", arguments.data / "classes.tsv"] if "clip" in config else []
-        rows = [score(config, seed, train, test, arguments.work, names) for seed in arguments.seeds]
+        options = [*names, *arguments.options]
+        rows = [score(config, seed, train, test, arguments.work, options) for seed in arguments.seeds]
         for seed, row in zip(arguments.seeds, rows, strict=True):
             print(f"| {config} | {seed} | " + " | ".join(f"{row[p]:.1f}" if p in row else "-" for p in PROBES) + " |")
         means = {probe: statistics.mean(row[probe] for row in rows) for probe in rows[0]}
@@ -40,13 +42,13 @@ def main() -> None:
         print(f"| {config} | mean | {cells} |", flush=True)
 
 
-def score(config: str, seed: int, train: Path, test: Path, work: Path, names: list[object]) -> dict[str, float]:
-    """Top-1 in percent of each probe, for one run; `names`: the option that tells CLIP what classes are called."""
+def score(config: str, seed: int, train: Path, test: Path, work: Path, options: list[object]) -> dict[str, float]:
+    """Top-1 in percent of each probe, for one run; `options`: of trivit pretrain, besides those of every run."""
     output = work / f"{config}_seed{seed}"
     results = output / "results.json"
     if not results.exists():
-        run("pretrain", "--config", config, "--seed", seed, "--data.train", train, "--output", output, *names)
-        probes = "knn,linear,zeroshot" if names else "knn,linear"
+        run("pretrain", "--config", config, "--seed", seed, "--data.train", train, "--output", output, *options)
+        probes = "knn,linear,zeroshot" if "clip" in config else "knn,linear"
         run("evaluate", output, "--train", train, "--test", test, "--probes", probes)
     found = json.loads(results.read_text())
     return {probe: float(found[probe]["top1"]) for probe in PROBES if probe in found}

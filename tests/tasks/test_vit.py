@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 
-from tasks.vit import ViTBlock, last, patch_rows
+from tasks.vit import ViTBlock, attend, last, patch_rows
 
 
 def twins(**options) -> tuple[ViTBlock, Block]:
@@ -35,6 +35,21 @@ def test_answering_for_the_last_tokens_only_is_the_same_answer(queries, qkv_bias
     ours, want = (torch.autograd.grad((out * weights).sum(), wanted) for out in (some, every))
     for mine, theirs in zip(ours, want, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients_in_every_precision(dtype):
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, t, 8, dtype=torch.float64, requires_grad=True) for t in (5, 7, 7)]
+    want = ((exact[0] @ exact[1].mT / 8**0.5).softmax(-1) @ exact[2]).sin()
+    rounded = [x.detach().to(dtype).requires_grad_() for x in exact]
+    got = attend(*rounded).sin()
+    assert got.dtype == dtype
+    close = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(got.double(), want, **close)
+    gradients = (torch.autograd.grad(y.sum(), x) for y, x in ((got, rounded), (want, exact)))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, **close)
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 24), (19, 21)])
