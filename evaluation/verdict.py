@@ -47,18 +47,18 @@ def judge(run: Run) -> Verdict:
     details = [_progress(run), health.reason, *([f"Usual remedy: {health.remedy}."] if health.remedy else [])]
     above = [compare(run.results, probe) for probe in PROBE_NAMES if probe in run.results]
     details += [comparison.text for comparison in above]
-    levels = {comparison.level for comparison in above}
+    levels, learns = {comparison.level for comparison in above}, health.state == "learning"
     if health.ill:
         return Verdict("bad", HEADLINES[health.state], tuple(details))
     if not above:
         headline = HEADLINES[health.state]
         return Verdict("fair", headline, (*details, "trivit evaluate tells what the features are worth."))
     if levels == {"above"}:
-        headline = "The features are clearly better than raw pixels and than an untrained encoder."
-        return Verdict("good", headline, tuple(details))
+        headline = "the features are clearly better than raw pixels and than an untrained encoder."
+        return Verdict("good", f"It learns: {headline}" if learns else headline.capitalize(), tuple(details))
     if "above" in levels:
         told = ", ".join(comparison.short for comparison in sorted(above, key=lambda c: c.level != "above"))
-        return Verdict("fair", f"The probes disagree: {told}.", tuple(details))
+        return Verdict("fair", f"{'It learns; the' if learns else 'The'} probes disagree: {told}.", tuple(details))
     if levels == {"unknown"}:
         return Verdict("fair", "There are scores, but no floors to compare them with.", tuple(details))
     return Verdict(

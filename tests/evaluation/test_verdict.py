@@ -58,10 +58,14 @@ def test_verdict_of_a_run(run: Run) -> None:
     assert judge(run).tone == "fair"
     assert "nothing has been scored yet" in judge(run).headline
     good = judge(replace(run, results=results(30.0, 15.1, 12.2)))
-    assert good.tone == "good"
+    assert (good.tone, good.headline) == (
+        "good", "It learns: the features are clearly better than raw pixels and than an untrained encoder.",
+    )  # fmt: skip
     assert any("finished: 600 steps" in detail for detail in good.details)
     assert judge(replace(run, results=results(15.0, 15.1, 12.2))).tone == "bad"
     assert judge(replace(run, results={"knn": {"top1": 20.0}})).tone == "fair"
+    young = {name: values[:1] for name, values in run.metrics.items()}
+    assert judge(replace(run, metrics=young, results=results(30.0, 15.1, 12.2))).headline.startswith("The features")
 
 
 def test_a_diverged_run_is_bad_whatever_its_scores(run: Run) -> None:
@@ -82,5 +86,5 @@ def test_one_probe_above_is_fair(run: Run) -> None:
     below["floors"]["raw_pixels"]["linear"] = {"top1": 19.5}
     verdict = judge(replace(run, results=below))
     assert (verdict.tone, verdict.headline) == (
-        "fair", "The probes disagree: linear above the floors, kNN below raw pixels.",
+        "fair", "It learns; the probes disagree: linear above the floors, kNN below raw pixels.",
     )  # fmt: skip
