@@ -171,7 +171,8 @@ def _compute(encoder: Any, loader: Any, place: Path, device: str, progress: bool
             done += len(x)
             bar.update(len(x))
     if not done:
-        raise EvaluationError(f"no image under {loader.manifest.root} could be read: try trivit shards verify")
+        first = f" (first: {loader.bad[0].key}: {loader.bad[0].reason})" if loader.bad else ""
+        raise EvaluationError(f"no image under {loader.manifest.name} could be read{first}: try trivit shards verify")
     if len(loader.lost) > MOST_LOST * total:
         first = loader.lost[0]
         raise EvaluationError(

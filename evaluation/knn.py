@@ -5,8 +5,10 @@ The search is exact, and never holds more than a block of train against a block 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from evaluation.errors import EvaluationError
@@ -16,6 +18,7 @@ KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 TRAIN_BLOCK_BYTES = 256 << 20
 TEST_BLOCK = 4096
+SIMILARITY_BYTES = 512 << 20
 VOTE_BLOCK = 1024
 
 Floats = NDArray[np.float32]
@@ -33,17 +36,19 @@ def unit(x: Floats) -> Floats:
     return np.asarray(x / np.maximum(norm, 1e-12), dtype=np.float32)
 
 
-def nearest(train: Floats, test: Floats, k: int) -> tuple[Floats, Ints]:
+def nearest(train: Floats, test: Floats, k: int, device: str = "cpu") -> tuple[Floats, Ints]:
     """The k train rows of highest cosine similarity for each test row, best first; equal ones by their index.
 
-    train [n d], test [t d] -> similarity [t k], index [t k]. Exact inner products (faiss), merged block by block:
-    the memory is one block of train (256 MB), one of test, and the result.
+    train [n d], test [t d] -> similarity [t k], index [t k]. Exact inner products (faiss on the CPU, torch elsewhere),
+    merged block by block: the memory is one block of train (256 MB), one of test, and the result.
     Raises EvaluationError when train has fewer than k rows or a feature is not finite.
     """
-    import faiss
-
     if k < 1 or k > len(train):
-        raise EvaluationError(f"kNN with k = {k} needs at least {k} train images, there are {len(train)}: lower k")
+        raise EvaluationError(
+            f"kNN with k = {k} needs at least {k} train images, there are {len(train)}: "
+            f"lower it with --set ks={max(1, len(train))}"
+        )
+    search = _faiss if torch.device(device).type == "cpu" else partial(_torch, device=device)
     rows = max(1, TRAIN_BLOCK_BYTES // (4 * train.shape[1]))
     similarity = np.full((len(test), k), -np.inf, dtype=np.float32)
     index = np.zeros((len(test), k), dtype=np.int64)
@@ -51,13 +56,31 @@ def nearest(train: Floats, test: Floats, k: int) -> tuple[Floats, Ints]:
         block = unit(train[start : start + rows])
         for first in range(0, len(test), TEST_BLOCK):
             chosen = slice(first, first + TEST_BLOCK)
-            near, where = faiss.knn(unit(test[chosen]), block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+            near, where = search(unit(test[chosen]), block, min(k, len(block)))
             near = np.concatenate([similarity[chosen], near], axis=1)
             where = np.concatenate([index[chosen], where + start], axis=1)
             best = np.lexsort((where, -near), axis=1)[:, :k]
             similarity[chosen] = np.take_along_axis(near, best, axis=1)
             index[chosen] = np.take_along_axis(where, best, axis=1)
     return similarity, index
+
+
+def _faiss(test: Floats, block: Floats, k: int) -> tuple[Floats, Ints]:
+    import faiss
+
+    near, where = faiss.knn(test, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return near, where
+
+
+def _torch(test: Floats, block: Floats, k: int, device: str) -> tuple[Floats, Ints]:
+    rows = torch.from_numpy(block).to(device)
+    near, where = [], []
+    step = max(1, SIMILARITY_BYTES // (4 * len(block)))
+    for start in range(0, len(test), step):
+        found = (torch.from_numpy(test[start : start + step]).to(device) @ rows.T).topk(k, dim=1)
+        near.append(found.values.cpu().numpy())
+        where.append(found.indices.cpu().numpy())
+    return np.concatenate(near), np.concatenate(where)
 
 
 def votes(similarity: Floats, label: Ints, classes: int, temperature: float = TEMPERATURE) -> NDArray[np.float64]:
@@ -83,12 +106,13 @@ def knn_ranks(
     classes: int,
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
+    device: str = "cpu",
 ) -> dict[int, Ints]:
     """Rank of the true class among the votes, for each k: {k: [t]}; top-1 is the share of rank 0, top-5 of rank < 5.
 
     One search for the largest k serves all. Raises EvaluationError as `nearest` does.
     """
-    similarity, index = nearest(train, test, max(ks))
+    similarity, index = nearest(train, test, max(ks), device)
     label = np.asarray(train_label)[index]
     ranks = {k: np.empty(len(test), dtype=np.int64) for k in ks}
     for first in range(0, len(test), VOTE_BLOCK):

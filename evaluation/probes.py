@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from evaluation import knn, linear
 from evaluation.attributes import Attribute
 from evaluation.errors import EvaluationError
-from evaluation.ranks import interval, top
+from evaluation.few_shot import FewShot, few_shot
+from evaluation.label_free import LabelFree, label_free
+from evaluation.ranks import interval, mean_per_class, top
 
 Result = dict[str, Any]
 
@@ -39,6 +41,8 @@ class ProbeSettings:
     temperature: float = knn.TEMPERATURE
     strengths: Sequence[float] = linear.STRENGTHS
     seed: int = 0
+    few_shot: FewShot = field(default_factory=FewShot)
+    label_free: LabelFree = field(default_factory=LabelFree)
     device: str = "cpu"
 
 
@@ -47,12 +51,12 @@ def score_knn(data: ProbeData, settings: ProbeSettings) -> Result:
     ks = sorted(settings.ks) if settings.ks else [k for k in knn.KS if k == 20 or k <= len(data.train)]
     ranks = knn.knn_ranks(
         data.train, data.train_label, data.test, data.test_label,
-        classes=data.classes, ks=ks, temperature=settings.temperature,
+        classes=data.classes, ks=ks, temperature=settings.temperature, device=settings.device,
     )  # fmt: skip
     main = 20 if 20 in ks else ks[-1]
     protocol = {"k": main, "ks": ks, "temperature": settings.temperature, "similarity": "cosine, exact"}
     by_k = {str(k): top(rank) for k, rank in ranks.items()}
-    return {**_tops(ranks[main], data.classes), "by_k": by_k, "protocol": protocol}
+    return {**tops(ranks[main], data), "by_k": by_k, "protocol": protocol}
 
 
 def score_linear(data: ProbeData, settings: ProbeSettings) -> Result:
@@ -74,7 +78,7 @@ def score_linear(data: ProbeData, settings: ProbeSettings) -> Result:
         "train_loss": float(f"{probe.fit.value:.6g}"),
         "seed": settings.seed,
     }
-    return {**_tops(probe.rank, data.classes), "protocol": protocol}
+    return {**tops(probe.rank, data), "protocol": protocol}
 
 
 def score_attributes(data: ProbeData, settings: ProbeSettings) -> Result:
@@ -96,6 +100,36 @@ def score_attributes(data: ProbeData, settings: ProbeSettings) -> Result:
     return {"top1": mean, "of": of, "protocol": protocol}
 
 
+def score_few_shot(data: ProbeData, settings: ProbeSettings) -> Result:
+    """Logistic regression on few images; top1 is that of the most images of each class, `by_labels` has all."""
+    config = settings.few_shot
+    found = few_shot(
+        data.train, data.train_label, data.test, data.test_label,
+        classes=data.classes, config=config, seed=settings.seed, device=settings.device,
+    )  # fmt: skip
+    main = str(max(config.shots)) if config.shots else f"{100 * max(config.shares):g}%"
+    protocol = {
+        "labels": main,
+        "objective": "mean cross-entropy + strength / 2 * |W|^2 on features standardised over the drawn images",
+        "strength": config.strength,
+        "draws": config.draws,
+        "interval": "bootstrap over test images and draws",
+        "seed": settings.seed,
+    }
+    return {key: found[main][key] for key in ("top1", "interval")} | {"by_labels": found, "protocol": protocol}
+
+
+def score_label_free(data: ProbeData, settings: ProbeSettings) -> Result:
+    """RankMe, uniformity and neighbour purity of the train features."""
+    found = label_free(data.train, data.train_label, settings.label_free, settings.seed, settings.device)
+    protocol = {
+        "images": f"{found.pop('images'):,} of train, spread evenly",
+        "k": settings.label_free.k,
+        "interval": "of the purity, bootstrap over images",
+    }
+    return {**found, "protocol": protocol}
+
+
 TEXT_PROBES = ("zeroshot", "retrieval")
 """Probes that compare images with texts (`text_probes`); they learn nothing and need no train images."""
 
@@ -103,6 +137,8 @@ PROBES: dict[str, Callable[[ProbeData, ProbeSettings], Result]] = {
     "knn": score_knn,
     "linear": score_linear,
     "attributes": score_attributes,
+    "few_shot": score_few_shot,
+    "label_free": score_label_free,
 }
 
 
@@ -116,6 +152,12 @@ def check_probes(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
     return tuple(name for name in once if name in PROBES), tuple(name for name in once if name in TEXT_PROBES)
 
 
-def _tops(rank: NDArray[np.int64], classes: int) -> Result:
-    five = {"top5": top(rank, 5)} if classes > 5 else {}
-    return {"top1": top(rank), **five, "interval": interval(rank)}
+def tops(rank: NDArray[np.int64], data: ProbeData) -> Result:
+    """Top-1, top-5 with more than five classes, mean over classes, and the Wilson interval of top-1; rank [t]."""
+    five = {"top5": top(rank, 5)} if data.classes > 5 else {}
+    return {
+        "top1": top(rank),
+        **five,
+        "mean_per_class": mean_per_class(rank, data.test_label),
+        "interval": interval(rank),
+    }

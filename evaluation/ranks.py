@@ -24,6 +24,12 @@ def top(rank: Ints, k: int = 1) -> float:
     return 100 * float(np.mean(rank < k))
 
 
+def mean_per_class(rank: Ints, truth: Ints) -> float:
+    """Top-1 in percent of each class, averaged over the classes that occur; rank and true class [t]."""
+    total = np.bincount(truth)
+    return 100 * float((np.bincount(truth, rank < 1)[total > 0] / total[total > 0]).mean())
+
+
 def one_decimal(percent: float) -> str:
     """A number for people; halves go up, 10.25 to 10.3 and 10.65 to 10.7, whatever their binary fractions are."""
     return str(Decimal(repr(round(float(percent), 6))).quantize(Decimal("0.1"), ROUND_HALF_UP))

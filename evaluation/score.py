@@ -22,6 +22,7 @@ from evaluation.errors import EvaluationError
 from evaluation.features import Features, Featurizer, extract, pick_device
 from evaluation.floors import floors as compute_floors
 from evaluation.labels import check_labelled, match_labels
+from evaluation.probe_lines import probe_lines
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
 from evaluation.ranks import one_decimal
 from tasks.encoder_config import Pool
@@ -56,7 +57,8 @@ def evaluate(
         source: a run's directory, a checkpoint, an export, or `timm:NAME`.
         train: labelled images to learn from: tars, class folders, or a tar of them; zeroshot and retrieval need none.
         test: labelled images to score on; classes are matched by name, and nothing is chosen on them.
-        probes: `knn`, `linear`, `attributes` (those in the samples' `.json`); of a CLIP also `zeroshot`, `retrieval`.
+        probes: `knn`, `linear`, `few_shot`, `label_free`, `attributes` (those in the samples' `.json`); of a CLIP also
+            `zeroshot`, `retrieval`.
         output: folder of results.json; None: the run, or nothing is written when `source` is not (in) a run.
         settings: of the probes; None: the papers'.
         templates, class_names: of zeroshot, see `make_prompts`; None: those that the run was trained with, if any.
@@ -146,6 +148,7 @@ def evaluate(
             results["floors"] = found
         if any(name in NAMES for name in learned):
             told.append(summary(results, about))
+        told += ["", *lines] if (lines := probe_lines(results)) else []
         if "attributes" in learned:
             told.append(attribute_summary(results))
     if paired:

@@ -144,7 +144,8 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate.add_argument(
         "--probes",
         default="knn,linear",
-        help="comma-separated: knn,linear (default), attributes; for a CLIP also zeroshot, retrieval",
+        help="comma-separated: knn,linear (default), few_shot, label_free, attributes; for a CLIP also zeroshot, "
+        "retrieval",
     )
     evaluate.add_argument(
         "--pool", choices=("cls", "mean", "cls+mean"), help="tokens that are probed (default: as the run says)"
@@ -157,6 +158,14 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--class-fields",
         metavar="NAMES",
         help="of zeroshot: comma-separated fields of the samples' .json; the classes are all combinations of values",
+    )
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="options",
+        help="a setting of a probe, such as ks=5,10 or few_shot.draws=3 (repeat it for several)",
     )
     evaluate.add_argument("--output", metavar="DIR", help="where results.json goes (default: the run)")
 
@@ -264,6 +273,8 @@ def _pretrain(_: argparse.Namespace, rest: list[str]) -> int | None:
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
     from evaluation import evaluate
+    from evaluation.probe_options import with_options
+    from evaluation.probes import ProbeSettings
 
     evaluate(
         arguments.source,
@@ -271,6 +282,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         test=arguments.test,
         probes=tuple(name.strip() for name in arguments.probes.split(",")),
         output=arguments.output,
+        settings=with_options(ProbeSettings(), arguments.options),
         templates=arguments.templates,
         class_names=arguments.class_names,
         pool=arguments.pool,

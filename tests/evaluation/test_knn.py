@@ -1,5 +1,6 @@
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ def test_golden_dino_vote(path: Path) -> None:
         assert np.array_equal(ranks[k] == 0, tensors[f"out.correct_top1_k{k}"])
         assert top(ranks[k]) == pytest.approx(expected["top1"], abs=1e-9)
         assert top(ranks[k], 5) == pytest.approx(expected["top5_counting_only_classes_with_votes"], abs=1e-9)
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("dino_knn_*.json")), ids=lambda p: p.stem)
+def test_golden_vote_as_on_an_accelerator(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "_faiss", partial(knn._torch, device="cpu"))
+    monkeypatch.setattr(knn, "SIMILARITY_BYTES", 600 * 4 * 40)
+    test_golden_dino_vote(path)
 
 
 def features(n: int, d: int, seed: int) -> np.ndarray:

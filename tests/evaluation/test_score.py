@@ -7,6 +7,9 @@ import pytest
 
 import evaluation
 from datamodules.errors import DataError
+from datamodules.manifest import load_manifest
+from datamodules.shard_reader import ShardReader
+from datamodules.shard_writer import ShardWriter
 from evaluation.errors import EvaluationError
 from evaluation.probes import ProbeSettings
 from evaluation.score import evaluate, merge, results_file
@@ -72,6 +75,39 @@ def test_small_train_sets_get_the_ks_that_fit(cache: Path, encoder_file: Path, t
     tiny = write_images(tmp_path / "tiny", 12)
     with pytest.raises(EvaluationError, match="k = 20 needs at least 20 train images, there are 12"):
         run_evaluate(encoder_file, tiny, world / "test", probes=("knn",), floors=False)
+
+
+def test_probes_on_features_and_their_settings_on_the_command_line(
+    cache: Path, encoder_file: Path, tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--train", str(world / "train"), "--test", str(world / "test"), "--output", str(tmp_path)]
+    chosen = ["--set", "ks=5", "--set", "few_shot.shots=2", "--set", "few_shot.draws=2", "--set", "few_shot.shares=0.5"]
+    command = ["evaluate", str(encoder_file), *data, "--probes", "knn,few_shot,label_free", *chosen]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    printed = capsys.readouterr().out
+    assert "few_shot: 2: " in printed and "label_free: RankMe " in printed and "  raw pixels RankMe" in printed
+    assert found["knn"]["protocol"]["ks"] == [5] and 0 <= found["knn"]["mean_per_class"] <= 100
+    assert set(found["few_shot"]["by_labels"]) == {"2", "50%"}
+    assert found["few_shot"]["top1"] == found["few_shot"]["by_labels"]["2"]["top1"]
+    assert found["few_shot"]["protocol"]["train"]["images"] == 240
+    assert 1 < found["label_free"]["rankme"] < 24 and found["label_free"]["uniformity"] < 0
+    assert set(found["floors"]["untrained"]) == {"knn", "few_shot", "label_free"}
+    assert main(command) == 0
+    assert json.loads((tmp_path / "results.json").read_text()) == found, "to the last digit"
+    assert main(["evaluate", str(encoder_file), *data, "--probes", "knn", "--set", "ks=5,"]) == 0
+    assert main(["evaluate", str(encoder_file), *data, "--set", "ks=a"]) == 2
+    assert "--set ks=a: it takes several of int" in capsys.readouterr().err
+
+
+def test_labels_that_are_texts_are_one_clear_line(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:
+    named = write_images(tmp_path / "named", 24)
+    with ShardWriter(tmp_path / "words", samples_per_shard=40) as writer:
+        reader = ShardReader(load_manifest(named))
+        for i in range(24):
+            writer.write(f"{i}", {"png": bytes(reader.member(0, i, "png") or b""), "cls": b"dog"})
+    with pytest.raises(EvaluationError, match=r"no image under .* could be read \(first: 0: cls: .*dog.* is no index"):
+        run_evaluate(encoder_file, tmp_path / "words", world / "test")
 
 
 def test_what_is_probed_may_be_chosen(

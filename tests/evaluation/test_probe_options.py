@@ -1,0 +1,41 @@
+import pytest
+
+from evaluation.errors import EvaluationError
+from evaluation.probe_options import setting_names, with_options
+from evaluation.probes import ProbeSettings
+
+
+def test_settings_as_users_write_them() -> None:
+    pairs = [
+        "ks=5,10",
+        "few_shot.draws=3",
+        "few_shot.shares=0.5",
+        "temperature=1",
+        "strengths=1,1e-2",
+        "few_shot.strength=1e-3",
+    ]
+    settings = with_options(ProbeSettings(), pairs)
+    assert settings.ks == (5, 10) and settings.temperature == 1.0 and settings.strengths == (1.0, 0.01)
+    assert settings.few_shot.draws == 3 and settings.few_shot.shares == (0.5,) and settings.few_shot.strength == 1e-3
+    assert settings.few_shot.shots == (1, 5, 10), "what is not named stays"
+    assert "few_shot.draws" in setting_names(settings) and "device" not in setting_names(settings)
+
+
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        ("ks", "give NAME=VALUE"),
+        ("kz=5", "there is no kz, but ks"),
+        ("few_shot=5", "say which of few_shot.shots"),
+        ("few_shot.draw=5", "there is no draw, but shots"),
+        ("few_shot.draws=many", "it takes int"),
+        ("few_shot.draws=1.5", "it takes int"),
+        ("ks=5,x", "it takes several of int"),
+        ("seed.x=5", "seed has no x"),
+        ("device=cuda", "there is no device"),
+        ("seed=[", "cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line(pair: str, told: str) -> None:
+    with pytest.raises(EvaluationError, match=f"--set .*{told}"):
+        with_options(ProbeSettings(), [pair])
