@@ -11,14 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
 from tasks.clip import CLIP, Head, Loss
-from tasks.clip_files import load_clip
 from tasks.clip_health import clip_health
 from tasks.collectives import world_size
 from tasks.dino_schedules import cosine
 from tasks.encoder_config import EncoderConfig
-from tasks.encoder_files import load_encoder, load_strictly
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
+from tasks.starting_point import take_clip, take_encoder
 from tasks.task import PretrainTask
 from tasks.text_tower import TextConfig, trim
 
@@ -144,13 +143,10 @@ class CLIPTask(PretrainTask):
         """Takes over the weights to start from; a run that is being resumed has its own and is past step 0."""
         if self.trainer.global_step:
             return
-        model = self.model
         if self.init_encoder:
-            given = load_encoder(self.init_encoder, image_size=model.encoder.config.image_size)
-            load_strictly(model.encoder.trunk, given.trunk.state_dict(), f"init_encoder {self.init_encoder}")
+            take_encoder(self.model.encoder, self.init_encoder)
         if self.init_checkpoint:
-            whole = load_clip(self.init_checkpoint, image_size=model.encoder.config.image_size)
-            load_strictly(model, whole.state_dict(), f"init_checkpoint {self.init_checkpoint}")
+            take_clip(self.model, self.init_checkpoint)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Counts empty and over-long captions and drops ids that change nothing, while the batch is on the host."""

@@ -15,25 +15,33 @@ CENTER = "dino_targets.center"
 
 
 def load_dino(model: DINO, source: str | Path) -> None:
-    """Fills student, teacher, heads and centres.
+    """Fills student, teacher, heads and centres of a model of the file's sizes; source and errors as `read_dino`."""
+    fill_dino(model, read_dino(source)[1], source)
+
+
+def read_dino(source: str | Path) -> tuple[dict[str, Any] | None, State]:
+    """What a file says about its DINO (None: the authors' say nothing), and its weights under our names.
 
     Args:
-        model: of the file's sizes.
         source: a run's directory, a Lightning checkpoint of DINOTask, or the authors' full checkpoint
             ({"student", "teacher", "dino_loss"}).
 
     Raises:
-        TaskError: it is none of these, or keys are missing or unexpected (all are listed).
+        TaskError: it is none of these.
     """
     content = read_checkpoint(checkpoint_path(source))
-    if isinstance(content, Mapping) and "trivit" in content:
-        if content["trivit"]["objective"] != "dino":
-            raise TaskError(f"{source} is a {content['trivit']['objective']} run: take its encoder, with init_encoder")
-        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
-    else:
-        state = authors_state(content, str(source))
+    if not isinstance(content, Mapping) or "trivit" not in content:
+        return None, authors_state(content, str(source))
+    about = content["trivit"]
+    if about["objective"] != "dino":
+        raise TaskError(f"{source} is a {about['objective']} run: take its encoder, with init_encoder")
+    return about, {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+
+
+def fill_dino(model: DINO, state: State, source: str | Path) -> None:
+    """Loads what `read_dino` gave; TaskError lists keys that are missing or unexpected."""
     if CENTER in state and CENTER not in model.state_dict():
-        del state[CENTER]  # Sinkhorn-Knopp has none
+        state = {name: value for name, value in state.items() if name != CENTER}  # Sinkhorn-Knopp has none
     load_strictly(model, state, str(source))
 
 

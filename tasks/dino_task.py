@@ -11,15 +11,14 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from tasks.block_masks import Hidden, hide_blocks
 from tasks.dino import DINO, IBOTConfig, Targets
-from tasks.dino_files import load_dino
 from tasks.dino_groups import dino_groups
 from tasks.dino_head import HeadConfig
 from tasks.dino_schedules import cosine, ramp
 from tasks.encoder_config import EncoderConfig
-from tasks.encoder_files import load_encoder, load_strictly
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
 from tasks.gradients import clip_gradients, skip_step_unless_finite
+from tasks.starting_point import take_dino, take_encoder
 from tasks.task import PretrainTask
 
 
@@ -199,12 +198,10 @@ class DINOTask(PretrainTask):
         if self.trainer.global_step:
             return
         if self.init_encoder:
-            own = self.model.student.encoder
-            given = load_encoder(self.init_encoder, image_size=own.config.image_size)
-            load_strictly(own.trunk, given.trunk.state_dict(), f"init_encoder {self.init_encoder}")
+            take_encoder(self.model.student.encoder, self.init_encoder)
             self.model.copy_student()
         if self.init_checkpoint:
-            load_dino(self.model, self.init_checkpoint)
+            take_dino(self.model, self.model_settings(), self.init_checkpoint)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Draws iBOT's masks while the batch is on the host, so that no device waits for their number."""

@@ -1,0 +1,50 @@
+"""From one run to the next through the command: MAE and DINO runs as a start for DINO and CLIP."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks import load_encoder
+from tests.pretrain.conftest import SMALL as MAE
+from tests.pretrain.conftest import pretrain
+from tests.pretrain.test_clip_run import SMALL as CLIP
+
+SIZES = ["--model.encoder.width", "24", "--model.encoder.depth", "2"]
+DINO = [
+    "--config", "dino_tin40", "--data.recipe.crop_size", "16", "--data.recipe.local_size", "8",
+    "--model.encoder.patch_size", "4", *SIZES, "--model.encoder.heads", "2", "--model.head.prototypes", "16",
+    "--model.head.hidden_width", "16", "--model.head.bottleneck_width", "8", "--model.warmup_steps", "1",
+    "--model.freeze_last_layer_epochs", "0", "--data.global_batch_size", "16", "--data.workers", "0",
+    "--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--log_every", "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher", [MAE, DINO], ids=["MAE", "DINO"])
+def test_an_image_tower_from_a_run(
+    teacher: list[str], drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """clip_tin40 says in one line what is to be set to start from that run; with just that it does, exactly."""
+    first = tmp_path / "first"
+    assert pretrain(*teacher, "--data.train", drawn, "--output", first, "--trainer.max_steps", 3) == 0
+    given = load_encoder(first)
+    command = [*CLIP, "--data.train", drawn, "--model.init_encoder", first, "--model.lock_image", "true"]
+    assert pretrain(*command, "--output", tmp_path / "refused") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"init_encoder {first} does not fit: " in said and "pre_norm is false there, true here" in said
+    options = shlex.split(re.split("To start from it set ", said)[1])
+    assert options[:2] == ["--model.encoder.norm_eps", "1e-06"] and "--model.encoder.pre_norm" in options
+    assert pretrain(*command, "--output", tmp_path / "clip", *options) == 0
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(load_encoder(tmp_path / "clip")(images).patches, given(images).patches)
+
+
+def test_dino_from_a_mae_run(drawn: Path, tmp_path: Path) -> None:
+    assert pretrain(*MAE, "--data.train", drawn, "--output", tmp_path / "mae", "--trainer.max_steps", 3) == 0
+    command = [*DINO, "--data.train", drawn, "--output", tmp_path / "dino", "--model.init_encoder", tmp_path / "mae"]
+    assert pretrain(*command, "--model.head_warmup_epochs", "0.3", "--trainer.max_steps", 3) == 0
+    start, end = load_encoder(tmp_path / "mae").trunk, load_encoder(tmp_path / "dino").trunk
+    moved = [(start.state_dict()[name] - value).abs().max() for name, value in end.state_dict().items()]
+    assert 0 < max(moved) < 0.05  # the teacher has followed a student that began there
