@@ -22,6 +22,7 @@ from pretrain.errors import RunFailure
 from pretrain.guard import FiniteGuard
 from pretrain.phases import PhaseTimer
 from pretrain.stop import StopRequest
+from tasks.clip_loss import at_least_float32
 
 
 class Metrics(Callback):
@@ -63,7 +64,7 @@ class Metrics(Callback):
     ) -> None:
         """Add the micro-batch; write a row when it is time."""
         for name, value in outputs.items():
-            value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            value = at_least_float32(value.detach()) if isinstance(value, Tensor) else torch.tensor(float(value))
             if name != "loss":  # which Lightning has divided already
                 value = value / trainer.accumulate_grad_batches
             _add(self._step_sums, name, value)
