@@ -37,7 +37,7 @@ class EvaluationLoader:
 
     def __init__(
         self, root: Path, *, crop_size: int, resize: int, batch_size: int, workers: int, limit: int | None,
-        pin_memory: bool, channels: int, bits: int,
+        pin_memory: bool, channels: int, bits: int, share: tuple[int, int],
     ) -> None:  # fmt: skip
         self.manifest = load_manifest(root)
         self.workers, self.pin_memory = workers, pin_memory
@@ -52,10 +52,17 @@ class EvaluationLoader:
         sample = chosen - (ends - self.manifest.counts)[shard]
         cuts = range(batch_size, len(chosen), batch_size)
         places = list(zip(np.split(shard, cuts), np.split(sample, cuts), strict=True))
+        part, parts = share
+        places = places[len(places) * part // parts : len(places) * (part + 1) // parts]
         self._batches = _Batches(ShardReader(self.manifest, channels=channels, bits=bits), places, crop_size, resize)
 
     def __len__(self) -> int:
         return len(self._batches.places)
+
+    @property
+    def num_images(self) -> int:
+        """Samples in the batches, bad ones included."""
+        return sum(len(shard) for shard, _ in self._batches.places)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.bad, self.lost = [], []
@@ -75,6 +82,7 @@ class EvaluationLoader:
 def evaluation_loader(
     root: str | os.PathLike[str], *, crop_size: int, resize: int, batch_size: int = 256, workers: int | None = None,
     limit: int | None = None, pin_memory: bool = False, channels: int = 3, bits: int = 8,
+    share: tuple[int, int] = (0, 1),
 ) -> EvaluationLoader:  # fmt: skip
     """Read a folder of shards for evaluation.
 
@@ -87,6 +95,7 @@ def evaluation_loader(
         limit: read only so many samples, spread evenly over the set.
         pin_memory: put the batches where an accelerator can fetch them.
         channels, bits: of the images, see `decode_image`.
+        share: (i, n): only the i-th of n parts of the batches, in order.
 
     Raises:
         DataError: for numbers that make no sense, or a folder without samples.
@@ -102,7 +111,7 @@ def evaluation_loader(
         workers = default_workers(on_accelerator=pin_memory)
     return EvaluationLoader(
         Path(root), crop_size=crop_size, resize=resize, batch_size=batch_size, workers=workers, limit=limit,
-        pin_memory=pin_memory, channels=channels, bits=bits,
+        pin_memory=pin_memory, channels=channels, bits=bits, share=share,
     )  # fmt: skip
 
 

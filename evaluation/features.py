@@ -10,9 +10,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from datamodules.image_set import evaluation_loader
+from datamodules.bad_samples import BadSample
+from datamodules.errors import DataError
+from datamodules.image_set import EvaluationLoader, evaluation_loader
 from datamodules.manifest import Manifest
 from datamodules.normalize import normalize
 from datamodules.sidecars import cache_home, cannot_write
 from evaluation.errors import EvaluationError
+from evaluation.team import Team
 from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import weights_hash
 
@@ -32,6 +35,9 @@ FORMAT = 2
 CACHE_LIMIT_BYTES = 50 << 30
 MOST_LOST = 0.01
 """Share of the images that may be missing for a reason that may pass; the score of fewer is of another set."""
+
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 class Featurizer(Protocol):
@@ -81,13 +87,16 @@ def extract(
     batch_size: int = 256,
     workers: int | None = None,
     cache_dir: Path | None = None,
+    precision: Precision = "float32",
+    team: Team = Team(),  # noqa: B008 (frozen)
     progress: bool = True,
 ) -> Features:
     """Features of every readable image under `root` (shards), from the cache if they were computed before.
 
     Images: of the encoder's channels and bits, shorter side to encoder.config.resize (bicubic, antialiased), centre
-    crop of image_size, normalised with the encoder's mean and std; float32. The key is encoder weights and config +
-    manifest + transform.
+    crop of image_size, normalised with the encoder's mean and std. The key is encoder weights and config (with it the
+    transform and the pooling), manifest and precision. The cache holds `CACHE_LIMIT_BYTES`: what was unused for longest
+    goes first, and all of it may be deleted at any time.
 
     Images that were packed damaged are always left out. Where others are missing because they cannot be read now (a
     shard that is lost or cut, a network that fails), the features are used once and not kept; beyond `MOST_LOST` of all
@@ -100,6 +109,8 @@ def extract(
         batch_size: images in one forward pass; it does not change the result beyond rounding.
         workers: loader processes; None: from the cores there are.
         cache_dir: None: `features` in the user's cache ($TRIVIT_CACHE).
+        precision: of the matrix products; the features are kept as float32 either way.
+        team: processes that each take a part of the images; this is the first one, the others `assist`.
         progress: show a bar (on a terminal).
 
     Raises:
@@ -107,24 +118,21 @@ def extract(
             be written.
         DataError: `root` is no data set.
     """
-    config = encoder.config
     device = device or pick_device()
-    loader = evaluation_loader(
-        root, crop_size=config.image_size, resize=config.resize, batch_size=batch_size, workers=workers,
-        pin_memory=device.startswith("cuda"), channels=config.in_chans, bits=config.bits,
-    )  # fmt: skip
+    work = _Work(encoder, str(root), device, batch_size, workers, precision)
+    loader = work.loader(team)
     manifest = loader.manifest
     cache_dir = cache_dir or cache_home() / "features"
-    place = cache_dir / _entry(encoder, manifest)
+    place = cache_dir / _entry(encoder, manifest, precision)
     if not (place / "about.json").exists():
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir, ignore_cleanup_errors=True) as aside:
-                _compute(encoder, loader, Path(aside) / "new", device, progress)
-                if loader.lost:
-                    return _open(Path(aside) / "new", manifest)  # mapped, so that it outlives its name
+                new = Path(aside) / "new"
+                if _compute(work, loader, new, team, progress):
+                    return _open(new, manifest)  # mapped, so that it outlives its name
                 with contextlib.suppress(OSError):  # another process was faster
-                    (Path(aside) / "new").rename(place)
+                    new.rename(place)
         except OSError as error:
             raise EvaluationError(f"features: {cannot_write(cache_dir, error)}") from error
         _shrink(cache_dir, keep=place)
@@ -133,57 +141,137 @@ def extract(
     return _open(place, manifest)
 
 
+def assist(team: Team) -> None:
+    """Collective, on all processes but the first: compute parts of the features that it asks for, until it is done."""
+    while (job := _next_job(team)) is not None:
+        work: _Work = job["work"]
+        with tempfile.TemporaryDirectory(prefix="trivit-features-") as aside:
+            failure, part = None, None
+            try:
+                part = _part(work, work.loader(team), Path(aside) / "x.float32", progress=False)
+            except (EvaluationError, DataError, OSError) as error:
+                failure = f"process {team.rank} of the evaluation: {error}"
+            with contextlib.suppress(EvaluationError):  # which the first one tells
+                team.agree(failure)
+                team.send(Path(aside) / "x.float32", part)
+
+
+def _next_job(team: Team) -> dict[str, Any] | None:
+    try:
+        return team.hand_out(None)
+    except RuntimeError as error:
+        raise EvaluationError("the first process of this evaluation has ended: what it said tells why") from error
+
+
 def cached_features(encoder: Featurizer, manifest: Manifest, cache_dir: Path | None = None) -> Features | None:
     """What `extract` left in the cache for this encoder and data set; None when it is not there."""
-    place = (cache_dir or cache_home() / "features") / _entry(encoder, manifest)
-    return _open(place, manifest) if (place / "about.json").exists() else None
+    for precision in PRECISIONS:
+        place = (cache_dir or cache_home() / "features") / _entry(encoder, manifest, precision)
+        if (place / "about.json").exists():
+            return _open(place, manifest)
+    return None
 
 
-def _entry(encoder: Any, manifest: Manifest) -> str:
+def _entry(encoder: Any, manifest: Manifest, precision: Precision) -> str:
     identity = [FORMAT, type(encoder).__name__, weights_hash(encoder), repr(encoder.config), manifest.hash]
+    identity += [precision] if precision != "float32" else []
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-@torch.inference_mode()
-def _compute(encoder: Any, loader: Any, place: Path, device: str, progress: bool) -> None:
+@dataclass(frozen=True)
+class _Work:
+    """Which features are wanted; it is sent to the other processes as it is."""
+
+    encoder: Any
+    root: str
+    device: str
+    batch_size: int
+    workers: int | None
+    precision: Precision
+
+    def loader(self, team: Team) -> EvaluationLoader:
+        """The images of this process's part."""
+        config = self.encoder.config
+        return evaluation_loader(
+            self.root, crop_size=config.image_size, resize=config.resize, batch_size=self.batch_size,
+            workers=self.workers, pin_memory=self.device.startswith("cuda"), channels=config.in_chans, bits=config.bits,
+            share=(team.rank, team.size),
+        )  # fmt: skip
+
+
+class _Part(NamedTuple):
+    """What is known of the images of one process besides their features."""
+
+    label: list[NDArray[np.int64]]
+    key: list[str]
+    bad: list[BadSample]
+    lost: list[BadSample]
+
+
+def _compute(work: _Work, loader: EvaluationLoader, place: Path, team: Team, progress: bool) -> bool:
+    """Write the features of all parts; returns whether some are missing that may be there another time."""
     place.mkdir()
-    encoder.to(device)
-    config = encoder.config
+    failure, found = None, _Part([], [], [], [])
+    if team.size > 1:
+        team.hand_out({"work": replace(work, encoder=work.encoder.cpu())})
+    try:
+        found = _part(work, loader, place / "x.float32", progress)
+    except (EvaluationError, DataError, OSError) as error:
+        if team.size == 1:
+            raise
+        failure = str(error)
+    if team.size > 1:
+        team.agree(failure)
+        with (place / "x.float32").open("ab") as file:
+            for rank in range(1, team.size):
+                for ours, theirs in zip(found, team.receive(rank, file.write), strict=True):
+                    ours += theirs
+    manifest = loader.manifest
+    if not found.key:
+        first = f" (first: {found.bad[0].key}: {found.bad[0].reason})" if found.bad else ""
+        raise EvaluationError(f"no image under {manifest.name} could be read{first}: try trivit shards verify")
+    if len(found.lost) > MOST_LOST * manifest.num_samples:
+        first = f"{found.lost[0].shard}, {found.lost[0].key}: {found.lost[0].reason}"
+        raise EvaluationError(
+            f"{len(found.lost)} of {manifest.num_samples} images of {manifest.name} cannot be read now (first: {first})"
+            f", and a score without them would be of another set: run the same command again, or see "
+            f"`trivit shards verify {manifest.name}`"
+        )
+    np.save(place / "label.npy", np.concatenate(found.label))
+    (place / "keys.json").write_text(json.dumps(found.key, ensure_ascii=False))
+    about = {"images": len(found.key), "width": work.encoder.feature_width, "bad": len(found.bad)}
+    (place / "about.json").write_text(json.dumps(about))
+    return bool(found.lost)
+
+
+@torch.inference_mode()
+def _part(work: _Work, loader: EvaluationLoader, file: Path, progress: bool) -> _Part:
+    """Features of the loader's images, one behind the other in a file."""
+    encoder, config, device = work.encoder.to(work.device), work.encoder.config, torch.device(work.device)
     label: list[NDArray[np.int64]] = []
     keys: list[str] = []
-    done, total = 0, loader.manifest.num_samples
+    half = torch.autocast(device.type, torch.bfloat16, enabled=work.precision == "bfloat16")
     with (
-        (place / "x.float32").open("wb") as file,
-        tqdm(total=total, unit="img", desc="features", disable=None if progress else True, leave=False) as bar,
+        file.open("wb") as output,
+        tqdm(
+            total=loader.num_images, unit="img", desc="features", disable=None if progress else True, leave=False
+        ) as bar,
     ):
         for batch in loader:
             images = normalize(batch["image"].to(device, non_blocking=True), config.mean, config.std)
-            x = encoder.features(images).float()
+            with half:
+                x = encoder.features(images).float()
             if not torch.isfinite(x).all():
                 row = int((~torch.isfinite(x)).any(dim=1).nonzero()[0])
                 raise EvaluationError(
                     f"the features of {batch['key'][row]} contain NaN or infinite values: the encoder has diverged, "
                     "evaluate an earlier checkpoint"
                 )
-            file.write(x.cpu().numpy().tobytes())
+            output.write(x.cpu().numpy().tobytes())
             label.append(batch["label"].numpy())
             keys += batch["key"]
-            done += len(x)
             bar.update(len(x))
-    if not done:
-        first = f" (first: {loader.bad[0].key}: {loader.bad[0].reason})" if loader.bad else ""
-        raise EvaluationError(f"no image under {loader.manifest.name} could be read{first}: try trivit shards verify")
-    if len(loader.lost) > MOST_LOST * total:
-        first = loader.lost[0]
-        raise EvaluationError(
-            f"{len(loader.lost)} of {total} images of {loader.manifest.name} cannot be read now (first: {first.shard}, "
-            f"{first.key}: {first.reason}), and a score without them would be of another set: run the same command "
-            f"again, or see `trivit shards verify {loader.manifest.name}`"
-        )
-    np.save(place / "label.npy", np.concatenate(label))
-    (place / "keys.json").write_text(json.dumps(keys, ensure_ascii=False))
-    about = {"images": done, "width": encoder.feature_width, "bad": len(loader.bad)}
-    (place / "about.json").write_text(json.dumps(about))
+    return _Part(label, keys, loader.bad, loader.lost)
 
 
 def _open(place: Path, manifest: Manifest) -> Features:

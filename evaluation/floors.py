@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from datamodules.sidecars import cache_home, write_aside
-from evaluation.features import Featurizer
+from evaluation.features import Featurizer, Precision
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
@@ -53,6 +53,7 @@ def floors(
     *,
     train_images: int,
     data_hashes: Sequence[str],
+    precision: Precision = "float32",
     cache_dir: Path | None = None,
 ) -> dict[str, dict[str, Result]]:
     """{"raw_pixels": {probe: result}, "untrained": {probe: result}}, from the cache if computed before.
@@ -68,6 +69,7 @@ def floors(
         settings: as for the encoder itself.
         train_images: how many there are.
         data_hashes: of train and test, for the cache.
+        precision: with which `measure` makes features, for the cache.
         cache_dir: None: `floors` in the user's cache.
     """
     cache_dir = cache_dir or cache_home() / "floors"
@@ -78,9 +80,10 @@ def floors(
                                     in_chans=config.in_chans, bits=config.bits, eval_resize=config.resize),
         "untrained": replace(config, drop_path=0.0),
     }  # fmt: skip
+    half = [precision] if precision != "float32" else []
     found: dict[str, dict[str, Result]] = {}
     for name, about in identity.items():
-        keys = {p: json.dumps([FORMAT, name, p, repr(about), repr(settings), *data_hashes]) for p in probes}
+        keys = {p: json.dumps([FORMAT, name, p, repr(about), repr(settings), *data_hashes, *half]) for p in probes}
         places = {p: cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json" for p, key in keys.items()}
         missing = [p for p in probes if not places[p].exists()]
         if missing:

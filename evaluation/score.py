@@ -19,12 +19,13 @@ from datamodules.sidecars import cannot_write, write_aside
 from evaluation.attribute_table import attribute_summary
 from evaluation.attributes import Attribute, read_attributes
 from evaluation.errors import EvaluationError
-from evaluation.features import Features, Featurizer, extract, pick_device
+from evaluation.features import Features, Featurizer, Precision, extract, pick_device
 from evaluation.floors import floors as compute_floors
 from evaluation.labels import check_labelled, match_labels
 from evaluation.probe_lines import probe_lines
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
 from evaluation.ranks import one_decimal
+from evaluation.team import Team
 from tasks.encoder_config import Pool
 from tasks.encoder_files import checkpoint_hash, load_encoder
 
@@ -45,6 +46,9 @@ def evaluate(
     class_fields: Sequence[str] | None = None,
     pool: Pool | None = None,
     floors: bool = True,
+    image_size: int | None = None,
+    precision: Precision = "float32",
+    team: Team = Team(),  # noqa: B008 (frozen)
     device: str | None = None,
     batch_size: int = 256,
     workers: int | None = None,
@@ -66,6 +70,9 @@ def evaluate(
         pool: what the probes see, class token, mean of the patch tokens or both (zeroshot and retrieval: always the
             joint space); None: as the encoder's config says.
         floors: score raw pixels and the untrained encoder too (cached per data set).
+        image_size: side of the images that the encoder sees, in pixels; None: as it was trained.
+        precision: of the matrix products that make features.
+        team: processes that help with features, see `evaluate_together`.
         device: None: CUDA if there is one.
         batch_size: images in a forward pass.
         workers: loader processes; None: from the cores there are.
@@ -85,7 +92,7 @@ def evaluate(
         raise EvaluationError(f"{', '.join(learned)} learn from labelled images: give --train")
     source = str(source)
     place = results_file(source, output)
-    encoder = load_encoder(source)
+    encoder = load_encoder(source, image_size=image_size)
     if pool is not None and pool != "mean" and not encoder.config.class_token:
         raise EvaluationError(f"{source} has no class token: use --pool mean")
     encoder.config = config = replace(encoder.config, pool=pool or encoder.config.pool)
@@ -100,14 +107,15 @@ def evaluate(
         "crop": config.image_size,
         "resize": config.resize,
         "interpolation": "bicubic, antialiased; shorter side, then centre crop",
-        "precision": "float32",
+        "precision": precision,
         "versions": {"trivit": version("trivit"), "torch": torch.__version__},
     }
 
     def read(featurizer: Featurizer, root: Path, cache: Path | None = features) -> Features:
         return extract(
-            featurizer, root, device=device, batch_size=batch_size, workers=workers, cache_dir=cache, progress=progress
-        )
+            featurizer, root, device=device, batch_size=batch_size, workers=workers, cache_dir=cache,
+            precision=precision, team=team, progress=progress,
+        )  # fmt: skip
 
     def pair(trained: Features, tested: Features) -> ProbeData:
         check_labelled(trained.label, "train")
@@ -139,7 +147,7 @@ def evaluate(
         if floors:
             found = compute_floors(
                 config, lambda f, aside: pair(read(f, train_root, aside), read(f, test_root, aside)), learned, settings,
-                train_images=len(trained), data_hashes=(trained.data_hash, tested.data_hash),
+                train_images=len(trained), data_hashes=(trained.data_hash, tested.data_hash), precision=precision,
                 cache_dir=cache_dir / "floors" if cache_dir else None,
             )  # fmt: skip
             for result in (result for floor in found.values() for result in floor.values()):
@@ -158,7 +166,7 @@ def evaluate(
 
         captions = trained_captions(place.parent if place else None)
         found, tested = score_texts(
-            load_clip(source), test_root, paired, read, device=device,
+            load_clip(source, image_size=image_size), test_root, paired, read, device=device,
             templates=captions.templates or None if templates is None else templates,
             class_names=captions.class_names if class_names is None else class_names, class_fields=class_fields,
             captions=captions,

@@ -151,6 +151,12 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--pool", choices=("cls", "mean", "cls+mean"), help="tokens that are probed (default: as the run says)"
     )
     evaluate.add_argument(
+        "--image-size", type=int, metavar="N", help="side of the images in pixels (default: as the encoder was trained)"
+    )
+    evaluate.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the features (default float32)"
+    )
+    evaluate.add_argument(
         "--templates", metavar="FILE", help="of zeroshot: imagenet (80), simple (7), or a file with {} for the name"
     )
     evaluate.add_argument("--class-names", metavar="FILE", help="of zeroshot: a table of what the classes are called")
@@ -272,11 +278,11 @@ def _pretrain(_: argparse.Namespace, rest: list[str]) -> int | None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
-    from evaluation import evaluate
     from evaluation.probe_options import with_options
     from evaluation.probes import ProbeSettings
+    from evaluation.together import evaluate_together
 
-    evaluate(
+    evaluate_together(
         arguments.source,
         train=arguments.train,
         test=arguments.test,
@@ -286,6 +292,8 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         templates=arguments.templates,
         class_names=arguments.class_names,
         pool=arguments.pool,
+        image_size=arguments.image_size,
+        precision=arguments.precision,
         class_fields=arguments.class_fields and [name.strip() for name in arguments.class_fields.split(",")],
     )
     return 0

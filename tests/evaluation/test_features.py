@@ -1,3 +1,7 @@
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,3 +141,58 @@ def test_encoders_of_other_channels_and_bits(channels: int, bits: int, kind: str
     shrunk = shrink_pixels(np.asarray(found.x), 8, channels)
     blocks = expected.reshape(12, channels, 8, 3, 8, 3).mean(axis=(3, 5)).reshape(12, -1)
     assert np.abs(shrunk - blocks).max() < 1e-4
+
+
+def test_half_precision_is_kept_apart_and_near(world: Path, cache: Path, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    half = take(encoder, world / "test", precision="bfloat16")
+    kept = cached_features(encoder, load_manifest(world / "test"))
+    assert kept is not None and np.array_equal(kept.x, half.x)
+    whole = take(encoder, world / "test")
+    difference = np.abs(half.x - whole.x).max()
+    assert 0 < difference < 0.1 and len(list((cache / "features").iterdir())) == 2
+    assert half.x.dtype == np.float32
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_images_and_one_tells(world: Path, tmp_path: Path, encoder_file: Path) -> None:
+    command = ["-m", "pretrain.cli", "evaluate", str(encoder_file), "--train", str(world / "train"),
+               "--test", str(world / "test"), "--probes", "knn", "--set", "ks=5"]  # fmt: skip
+    outputs = {1: tmp_path / "one", 3: tmp_path / "three"}
+    for processes, output in outputs.items():
+        environment = os.environ | {"TRIVIT_CACHE": str(tmp_path / f"cache{processes}"), "OMP_NUM_THREADS": "1"}
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), *command, "--output", str(output)],
+            env=environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("this encoder") == 1
+    one, three = (json.loads((output / "results.json").read_text()) for output in outputs.values())
+    for found in (one, three):
+        for result in (found["knn"], *(floor["knn"] for floor in found["floors"].values())):
+            result["protocol"].pop("versions", None)
+    assert one == three
+
+    def features(processes: int) -> dict[str, np.ndarray]:
+        entries = (tmp_path / f"cache{processes}" / "features").iterdir()
+        return {entry.name: np.fromfile(entry / "x.float32", np.float32) for entry in entries}
+
+    first, second = features(1), features(3)
+    assert first.keys() == second.keys() and len(first) == 2
+    assert all(np.abs(first[name] - second[name]).max() < 1e-5 for name in first)
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_ends_all_processes_in_one_line(tmp_path: Path, encoder_file: Path, world: Path) -> None:
+    data = write_images(tmp_path / "data", 1000)
+    whole = (data / "shard-000024.tar").read_bytes()
+    (data / "shard-000024.tar").write_bytes(whole[: len(whole) // 4])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pretrain.cli",
+         "evaluate", str(encoder_file), "--train", str(data), "--test", str(world / "test"), "--probes", "knn"],
+        env=os.environ | {"TRIVIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("images of") == 1 and "cannot be read now (first: shard-000024.tar" in done.stderr

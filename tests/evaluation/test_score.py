@@ -121,6 +121,10 @@ def test_what_is_probed_may_be_chosen(
     both = json.loads((tmp_path / "results.json").read_text())["knn"]
     mean = run_evaluate(encoder_file, train, test, probes=("knn",), floors=False)["knn"]
     assert (both["protocol"]["pool"], mean["protocol"]["pool"]) == ("cls+mean", "mean")
+    half = ["--precision", "bfloat16", "--image-size", "32"]
+    assert main(["evaluate", str(encoder_file), *output, *half]) == 0
+    protocol = json.loads((tmp_path / "results.json").read_text())["knn"]["protocol"]
+    assert (protocol["precision"], protocol["crop"], protocol["resize"]) == ("bfloat16", 32, 32)
     bare = tmp_path / "bare.safetensors"
     save_encoder(Encoder(replace(CONFIG, class_token=False)), bare)
     with pytest.raises(EvaluationError, match="has no class token: use --pool mean"):
@@ -143,6 +147,8 @@ def test_bad_input_is_one_clear_line(cache: Path, encoder_file: Path, tmp_path: 
         run_evaluate(encoder_file, train, write_images(tmp_path / "more", 14, classes=(*CLASSES, "gnu")))
     with pytest.raises(EvaluationError, match="one class"):
         run_evaluate(encoder_file, write_images(tmp_path / "one", 30, classes=("ant",)), test)
+    with pytest.raises(TaskError, match="patch_size 4 does not divide image_size 18"):
+        run_evaluate(encoder_file, train, test, image_size=18)
     (tmp_path / "file").write_text("")
     with pytest.raises(EvaluationError, match="is a file: name a folder"):
         run_evaluate(encoder_file, train, test, output=tmp_path / "file")
