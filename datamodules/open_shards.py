@@ -39,7 +39,7 @@ def open_shards(path: str | os.PathLike[str]) -> Path:
     if MANIFEST in names or UNFINISHED in names or any(name.endswith(".tar") for name in names):
         return path
     source = list_source(path)
-    if path.is_file() and source.ignored[".cls"] + source.ignored[".txt"] >= len(source.images) // 2 > 0:
+    if path.is_file() and source.ignored[".cls"] + sum(map(bool, source.texts)) >= len(source.images) // 2 > 0:
         raise DataError(f"{path} is a shard already: give the folder that it is in")
     about = path.stat()
     identity = f"{path.resolve()} {source.digest()} {about.st_mtime_ns if path.is_file() else 0}"

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from datamodules.shard_entry import Shard
 from datamodules.shard_writer import LOCK, begin_set, finish_set, note_progress, remove_leftovers
 from datamodules.sidecars import cannot_write, locked, write_aside
 from datamodules.sources import Source, list_source
+from datamodules.text_files import SKIPPED_TEXTS, kind_of
 from datamodules.workers import spread
 
 
@@ -37,14 +39,14 @@ def pack(
     Says on stderr what it does.
 
     Args:
-        src: the images; folders above all of them mean nothing, the next ones are the classes. Or a table, see
-            `table_source.list_table`.
+        src: the images; folders above all of them mean nothing, the next ones are the classes. A `.txt` (its caption)
+            and a `.json` of an image's name beside it go with it. Or a table, see `table_source.list_table`.
         dst: absent, empty, or an interrupted try.
         resize: shrink images to this many pixels on the shorter side, as JPEG (other than 8-bit grey and colour: as
             .npy); smaller ones stay as they are.
         quality: of these JPEGs.
-        captions: a table of file names and captions (`captions.py`); several captions for one image become a JSON
-            member `{"captions": [...]}` beside the first one in `.txt`.
+        captions: a table of file names and captions (`captions.py`), instead of texts beside the images; several
+            captions for one image become a JSON member `{"captions": [...]}` beside the first one in `.txt`.
         columns: of a table `src`: "image", "caption", "label" -> name of the column; usual names are found without.
         samples_per_shard: 1000 when None, fewer for small sets, so that there are several shards.
         extend: `dst` is a finished set, to which the images are added, see `pack_extend.extend_set`.
@@ -65,6 +67,8 @@ def pack(
     for note in source.notes[:5]:
         tell(note)
     texts = _captions(source, captions)
+    if captions is not None:
+        source = replace(source, texts=(), lone_texts=())
     settings = Settings(resize, quality, samples_per_shard or default_samples_per_shard(len(source.images)))
     made_by = (
         f"pack {source.path.name} resize={resize} quality={quality if resize else None} "
@@ -83,11 +87,13 @@ def pack(
             remove_leftovers(dst)
             packed = pack_jobs(dst, plan(source.root, make_entries(source, texts), dst, settings), notes, workers)
             shards, members, skipped = sum_up(source, packed)
-            if skipped:
-                write_aside(dst / SKIPPED, skipped)
+            texts_left = left_texts(source, packed)
+            for name, lines in ((SKIPPED, skipped), (SKIPPED_TEXTS, texts_left)):
+                if lines:
+                    write_aside(dst / name, lines)
             manifest = Manifest(dst, shards, source.classes, members, made_by)
             finish_set(manifest)
-            report(manifest, source, skipped)
+            report(manifest, source, skipped, texts_left)
             return manifest
     except OSError as error:
         raise DataError(cannot_write(dst / "a shard", error)) from error
@@ -128,7 +134,7 @@ def sum_up(source: Source, packed: Sequence[Packed]) -> tuple[tuple[Shard, ...],
         DataError: when no image could be read.
     """
     skipped = [*source.skipped, *(entry for result in packed for entry in result.skipped)]
-    lines = [f"{one_line(name)}\t{one_line(reason)}\n" for name, reason in skipped]
+    lines = _lines(skipped)
     shards = tuple(result.shard for result in packed if result.shard is not None)
     if not shards:
         name, reason = lines[0].rstrip("\n").split("\t")
@@ -137,13 +143,25 @@ def sum_up(source: Source, packed: Sequence[Packed]) -> tuple[tuple[Shard, ...],
     return shards, dict(sorted(members.items())), "".join(lines).encode()
 
 
-def report(manifest: Manifest, source: Source, skipped: bytes) -> None:
+def left_texts(source: Source, packed: Sequence[Packed]) -> bytes:
+    """The lines of `skipped_texts.tsv`: texts that cannot be read, and those that lie beside no image."""
+    return "".join(_lines([*(text for result in packed for text in result.skipped_texts), *source.lone_texts])).encode()
+
+
+def _lines(skipped: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{one_line(name)}\t{one_line(reason)}\n" for name, reason in skipped]
+
+
+def report(manifest: Manifest, source: Source, skipped: bytes, texts_left: bytes) -> None:
     """What was left out, and what is there now."""
-    if lines := skipped.decode().splitlines():
-        what = "rows or images" if source.path != source.root else "images"  # of a table
-        tell(f"left out {len(lines)} {what} that cannot be read (all in {manifest.root / SKIPPED}):")
-        for line in lines[:5]:
-            tell("  " + line.replace("\t", ": ", 1))
+    what = "rows or images" if source.path != source.root else "images"  # of a table
+    for left, told, place in (
+        (skipped, f"{what} that cannot be read", SKIPPED), (texts_left, "texts", SKIPPED_TEXTS)
+    ):  # fmt: skip
+        if lines := left.decode().splitlines():
+            tell(f"left out {len(lines)} {told} (all in {manifest.root / place}):")
+            for line in lines[:5]:
+                tell("  " + line.replace("\t", ": ", 1))
     if source.ignored:
         kinds = ", ".join(f"{n} {suffix}" for suffix, n in source.ignored.most_common(4))
         tell(f"passed over {source.ignored.total()} files that are no images ({kinds})")
@@ -166,7 +184,16 @@ def _captions(source: Source, table: str | os.PathLike[str] | None) -> list[list
         own = captions_of(source, read_captions(Path(table)), Path(table))
     if table is not None or any(own):
         tell(f"{sum(map(bool, own))} of {len(own)} images have a caption")
+    if any(source.texts):
+        kinds = ", ".join(f"{n} .{kind}" for kind, n in _kinds(source).items())
+        use = "are packed with them" if table is None else f"are not packed: {table} has the captions"
+        having = f"{sum(map(bool, source.texts))} of {len(source.images)} images have texts beside them ({kinds})"
+        tell(f"{having}, which {use}")
     return own or [[] for _ in source.images]
+
+
+def _kinds(source: Source) -> Counter[str]:
+    return Counter(sorted(kind_of(text) for texts in source.texts for text in texts))
 
 
 def _finished(dst: Path) -> Manifest | None:

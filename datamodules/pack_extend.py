@@ -14,12 +14,13 @@ from tqdm import tqdm
 from datamodules.console import tell
 from datamodules.errors import DataError
 from datamodules.manifest import CLASSES, MANIFEST, SKIPPED, UNFINISHED, Manifest, load_manifest
-from datamodules.pack import pack_jobs, report, sum_up
+from datamodules.pack import left_texts, pack_jobs, report, sum_up
 from datamodules.pack_plan import Entry, Settings, make_entries, plan, with_hash
 from datamodules.shard_writer import LOCK, begin_set, remove_leftovers
 from datamodules.sidecars import locked, write_aside
 from datamodules.sources import Source
 from datamodules.tar_index import read_index
+from datamodules.text_files import SKIPPED_TEXTS
 
 _NUMBER = re.compile(r"shard-(\d+)\.tar")
 _PACKED = re.compile(r"resize=(\S+) quality=(\S+) samples_per_shard=\d+ images=\d+ content=(\w+)")  # as in `pack`
@@ -79,7 +80,9 @@ def _add(
     remove_leftovers(aside)
     taken = [int(found[1]) for path in dst.glob("shard-*.tar") if (found := _NUMBER.fullmatch(path.name))]
     jobs = plan(source.root, entries, aside, settings, first_shard=max(taken, default=-1) + 1)
-    shards, members, skipped = sum_up(source, pack_jobs(aside, jobs, notes, workers))
+    packed = pack_jobs(aside, jobs, notes, workers)
+    shards, members, skipped = sum_up(source, packed)
+    texts_left = left_texts(source, packed)
     merged = Manifest(
         dst,
         tuple(sorted((*before.shards, *shards), key=lambda shard: shard.name)),
@@ -87,14 +90,15 @@ def _add(
         {name: before.members.get(name, 0) + members.get(name, 0) for name in sorted({*before.members, *members})},
         f"{before.made_by}; {made_by}" if before.made_by else made_by,
     )
-    if skipped:
-        former = (dst / SKIPPED).read_bytes() if (dst / SKIPPED).exists() else b""
-        write_aside(aside / SKIPPED, former + skipped)
+    for name, lines in ((SKIPPED, skipped), (SKIPPED_TEXTS, texts_left)):
+        if lines:
+            former = (dst / name).read_bytes() if (dst / name).exists() else b""
+            write_aside(aside / name, former + lines)
     if (dst / CLASSES).exists():
         write_aside(aside / CLASSES, "".join(f"{name}\n" for name in classes).encode())
     write_aside(aside / MANIFEST, merged.to_bytes())  # from here on everything is decided
     _finish_interrupted(dst)
-    report(merged, source, skipped)
+    report(merged, source, skipped, texts_left)
     return merged
 
 

@@ -16,12 +16,13 @@ _LONGEST_KEY = 80
 
 
 class Entry(NamedTuple):
-    """One image on its way into a shard; label -1: unlabelled."""
+    """One image on its way into a shard; label -1: unlabelled; `texts`: files beside it that go with it."""
 
     key: str
     image: Image
     label: int
     captions: list[str]
+    texts: tuple[Image, ...] = ()
 
 
 class Job(NamedTuple):
@@ -45,7 +46,8 @@ class Settings(NamedTuple):
 
 def make_entries(source: Source, captions: list[list[str]]) -> list[Entry]:
     """The images of a source, for a set of their own."""
-    return list(map(Entry, safe_keys(source), source.images, source.labels(), captions))
+    texts = source.texts or [()] * len(source.images)
+    return list(map(Entry, safe_keys(source), source.images, source.labels(), captions, texts))
 
 
 def plan(root: Path, entries: Iterable[Entry], dst: Path, settings: Settings, first_shard: int = 0) -> list[Job]:

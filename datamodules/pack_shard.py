@@ -13,6 +13,7 @@ from datamodules.shard_writer import ShardFile, check_sample
 from datamodules.sidecars import cannot_write
 from datamodules.sources import SourceReader
 from datamodules.tar_samples import ARRAY
+from datamodules.text_files import checked_text, kind_of
 from datamodules.workers import Tick
 
 if TYPE_CHECKING:
@@ -22,31 +23,37 @@ _TICK = 20
 
 
 class Packed(NamedTuple):
-    """What became of a shard: None when none of its images could be read; name and reason of those that could not."""
+    """What became of a shard: None when none of its images could be read.
+
+    `skipped`, `skipped_texts`: name and reason of images, and of texts beside images, that could not be read.
+    """
 
     shard: Shard | None
     members: dict[str, int]
     skipped: list[tuple[str, str]]
+    skipped_texts: list[tuple[str, str]]
 
     def to_note(self) -> list[Any]:
         """As JSON."""
-        return [self.shard and vars(self.shard), self.members, self.skipped]
+        return [self.shard and vars(self.shard), self.members, self.skipped, self.skipped_texts]
 
     @classmethod
     def from_note(cls, note: list[Any]) -> "Packed":
         """From JSON."""
-        shard, members, skipped = note
-        return cls(shard and Shard(**shard), members, [(name, reason) for name, reason in skipped])
+        shard, members, *lists = note
+        skipped, texts = ([(name, reason) for name, reason in each] for each in (*lists, [])[:2])
+        return cls(shard and Shard(**shard), members, skipped, texts)
 
 
 def pack_shard(job: Job, tick: Tick) -> Packed:
     """Read, check, perhaps shrink, and write the images of one shard.
 
     Raises:
-        DataError: when the shard cannot be written; an image that cannot be read is only skipped.
+        DataError: when the shard cannot be written; an image or a text that cannot be read is only skipped.
     """
     reader = SourceReader(job.source)
     skipped: list[tuple[str, str]] = []
+    skipped_texts: list[tuple[str, str]] = []
     ticked = 0
     try:
         file = ShardFile(job.path)
@@ -58,6 +65,7 @@ def pack_shard(job: Job, tick: Tick) -> Packed:
                     skipped.append((entry.image.name, _reason(error)))
                 else:
                     members = {extension: data} | _labels_and_texts(entry)
+                    members |= _texts_beside(reader, entry, skipped_texts)
                     check_sample(entry.key, members)
                     file.write(entry.key, members)
                 if count - ticked == _TICK:
@@ -65,7 +73,7 @@ def pack_shard(job: Job, tick: Tick) -> Packed:
                     ticked = count
             tick(len(job.entries) - ticked)
             if not file.samples:
-                return Packed(None, {}, skipped)
+                return Packed(None, {}, skipped, skipped_texts)
             index = file.close()
         finally:
             file.abort()
@@ -73,7 +81,7 @@ def pack_shard(job: Job, tick: Tick) -> Packed:
         raise DataError(cannot_write(job.path, error)) from error
     finally:
         reader.close()
-    return Packed(describe_shard(index), dict(index.extension_counts()), skipped)
+    return Packed(describe_shard(index), dict(index.extension_counts()), skipped, skipped_texts)
 
 
 def _reason(error: Exception) -> str:
@@ -125,4 +133,15 @@ def _labels_and_texts(entry: Entry) -> dict[str, bytes]:
         members["txt"] = entry.captions[0].encode()
     if len(entry.captions) > 1:
         members["json"] = json.dumps({"captions": entry.captions}, ensure_ascii=False).encode()
+    return members
+
+
+def _texts_beside(reader: SourceReader, entry: Entry, skipped: list[tuple[str, str]]) -> dict[str, bytes]:
+    """The members from files beside the image; those that are no texts go to `skipped`."""
+    members = {}
+    for text in entry.texts:
+        try:
+            members[kind_of(text)] = checked_text(reader.read(text), kind_of(text))
+        except (OSError, ValueError) as error:
+            skipped.append((text.name, _reason(error)))
     return members

@@ -15,6 +15,7 @@ from datamodules.tables import TABLES
 from datamodules.tar_index import PLAIN_IMAGES, cannot_read, open_tar
 from datamodules.tar_samples import ARRAY
 from datamodules.tar_walk import walk_tar
+from datamodules.text_files import find_texts, kind_of
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
@@ -36,7 +37,8 @@ class Source:
     unlabelled images and for labels that are numbers; `prefix`: folders above all images, which mean nothing;
     `ignored`: how many other files there are by suffix; `notes`: what the user should know.
     `skipped`: name and reason of links that lead nowhere, of FIFOs and the like, and of what a table names in vain. Of
-    a table: `numbers`: label of each image, -1 for none; `captions` of each.
+    a table: `numbers`: label of each image, -1 for none; `captions` of each. Of folders and tars: `texts` that lie
+    beside each image; `lone_texts`: name and reason of those that belong to none.
     """
 
     path: Path
@@ -49,6 +51,8 @@ class Source:
     numbers: tuple[int, ...] = ()
     captions: tuple[tuple[str, ...], ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    texts: tuple[tuple[Image, ...], ...] = ()
+    lone_texts: tuple[tuple[str, str], ...] = ()
 
     def labels(self) -> list[int]:
         """Number of each image's class, -1 when unlabelled."""
@@ -62,9 +66,9 @@ class Source:
         return image.name[len(self.prefix) :]
 
     def digest(self) -> str:
-        """Changes when an image is added, removed, renamed, resized, or labelled anew by a table."""
+        """Changes when an image or a text is added, removed, renamed, resized, or labelled anew by a table."""
         digest = hashlib.sha256()
-        for image in self.images:
+        for image in (*self.images, *(text for texts in self.texts for text in texts)):
             digest.update(f"{image.name}\0{image.size}\0".encode(errors="surrogateescape"))  # a name need not be UTF-8
         if self.numbers:
             digest.update(json.dumps([self.classes, self.numbers]).encode())
@@ -147,8 +151,12 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
         classes = []
     if len(classes) > 1 and {name.lower() for name in classes} <= _SPLITS:
         raise DataError(f"{path} holds the splits {' and '.join(classes)}: pack each of them for itself")
-    dead = tuple(sorted(skipped))
-    return Source(path, path, tuple(images), tuple(classes), prefix, ignored, tuple(notes), skipped=dead)
+    texts, lone = find_texts(images, files)
+    ignored -= Counter(f".{kind_of(text)}" for text in {text for each in texts for text in each})
+    return Source(
+        path, path, tuple(images), tuple(classes), prefix, ignored, tuple(notes), skipped=tuple(sorted(skipped)),
+        texts=tuple(texts), lone_texts=tuple(lone),
+    )  # fmt: skip
 
 
 def is_image(name: str, suffixes: Set[str] = PLAIN_IMAGES) -> bool:

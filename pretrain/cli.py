@@ -112,7 +112,7 @@ def _add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     pack.add_argument("directory", metavar="DIR")
     pack.add_argument("--resize", type=int, help="shorter side in pixels (default: bytes stay as they are)")
     pack.add_argument("--quality", type=int, default=90, help="JPEG quality when resizing (default 90)")
-    pack.add_argument("--captions", help="table with a file name and a caption per row, for a folder or a tar")
+    pack.add_argument("--captions", help="table of file names and captions (default: the .txt, .json beside images)")
     for column in ("image", "caption", "label"):
         pack.add_argument(f"--{column}-column", metavar="NAME", help="of the table SRC (default: guessed, and said)")
     pack.add_argument("--samples-per-shard", type=int, help="default 1,000; fewer for a small set, so that cores share")
