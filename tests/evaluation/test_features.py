@@ -1,7 +1,8 @@
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from evaluation import features as features_module
 from evaluation.errors import EvaluationError
 from evaluation.features import cached_features, extract
 from evaluation.floors import PixelFeatures, shrink_pixels
+from pretrain.cli import main
 from tasks.encoder_files import load_encoder
 from tasks.encoders import Encoder
 from tests.datamodules.deep_images import write_deep
@@ -154,45 +156,56 @@ def test_half_precision_is_kept_apart_and_near(world: Path, cache: Path, encoder
     assert half.x.dtype == np.float32
 
 
-@pytest.mark.slow
-def test_several_processes_share_the_images_and_one_tells(world: Path, tmp_path: Path, encoder_file: Path) -> None:
-    command = ["-m", "pretrain.cli", "evaluate", str(encoder_file), "--train", str(world / "train"),
-               "--test", str(world / "test"), "--probes", "knn", "--set", "ks=5"]  # fmt: skip
-    outputs = {1: tmp_path / "one", 3: tmp_path / "three"}
-    for processes, output in outputs.items():
-        environment = os.environ | {"TRIVIT_CACHE": str(tmp_path / f"cache{processes}"), "OMP_NUM_THREADS": "1"}
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        done = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), *command, "--output", str(output)],
-            env=environment, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("this encoder") == 1
-    one, three = (json.loads((output / "results.json").read_text()) for output in outputs.values())
-    for found in (one, three):
-        for result in (found["knn"], *(floor["knn"] for floor in found["floors"].values())):
-            result["protocol"].pop("versions", None)
-    assert one == three
-
-    def features(processes: int) -> dict[str, np.ndarray]:
-        entries = (tmp_path / f"cache{processes}" / "features").iterdir()
-        return {entry.name: np.fromfile(entry / "x.float32", np.float32) for entry in entries}
-
-    first, second = features(1), features(3)
-    assert first.keys() == second.keys() and len(first) == 2
-    assert all(np.abs(first[name] - second[name]).max() < 1e-5 for name in first)
+def _take_part(rank: int, port: int, folder: Path, source: Path, train: Path, test: Path) -> None:
+    """One of two processes; what it says goes to a file, and its exit code is the command's."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    command = ["evaluate", str(source), "--train", str(train), "--test", str(test), "--probes", "label_free"]
+    with (folder / f"said{rank}").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+        code = main([*command, "--set", "label_free.k=5", "--output", str(folder / "out")])
+    os._exit(code)
 
 
-@pytest.mark.slow
-def test_a_part_that_fails_ends_all_processes_in_one_line(tmp_path: Path, encoder_file: Path, world: Path) -> None:
+def evaluate_by_two(folder: Path, source: Path, train: Path, test: Path) -> tuple[list[int | None], list[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_take_part, args=(r, port, folder, source, train, test)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        process.kill()
+    return [process.exitcode for process in processes], [(folder / f"said{r}").read_text() for r in (0, 1)]
+
+
+def test_several_processes_share_the_images_and_one_tells(
+    world: Path, cache: Path, tmp_path: Path, encoder_file: Path
+) -> None:
+    codes, said = evaluate_by_two(tmp_path, encoder_file, world / "train", world / "test")
+    assert codes == [0, 0], said
+    assert "label_free: RankMe" in said[0] and said[1] == ""
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["label_free"]["protocol"]["train"]["images"] == 240 and set(found["floors"]) == {
+        "untrained",
+        "raw_pixels",
+    }
+    encoder = load_encoder(encoder_file)
+    for data in ("train", "test"):
+        shared = cached_features(encoder, load_manifest(world / data))
+        alone = take(encoder, world / data, cache_dir=tmp_path / "alone")
+        assert shared is not None and shared.key == alone.key and np.array_equal(shared.label, alone.label)
+        np.testing.assert_allclose(shared.x, alone.x, atol=1e-5)
+
+
+def test_a_part_that_fails_ends_all_processes_in_one_line(
+    tmp_path: Path, cache: Path, encoder_file: Path, world: Path
+) -> None:
     data = write_images(tmp_path / "data", 1000)
     whole = (data / "shard-000024.tar").read_bytes()
     (data / "shard-000024.tar").write_bytes(whole[: len(whole) // 4])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pretrain.cli",
-         "evaluate", str(encoder_file), "--train", str(data), "--test", str(world / "test"), "--probes", "knn"],
-        env=os.environ | {"TRIVIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stderr.count("images of") == 1 and "cannot be read now (first: shard-000024.tar" in done.stderr
+    codes, said = evaluate_by_two(tmp_path, encoder_file, data, world / "test")
+    assert codes == [2, 0]
+    assert "cannot be read now (first: shard-000024.tar" in said[0] and "Traceback" not in said[0] + said[1]
+    assert list((cache / "features").iterdir()) == []
