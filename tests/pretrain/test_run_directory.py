@@ -10,6 +10,7 @@ import pytest
 
 from pretrain.errors import RunError
 from pretrain.run_directory import RunDirectory
+from tests.pretrain.conftest import pretrain
 
 TRAINS = """
 import os, sys, time
@@ -41,3 +42,23 @@ def test_one_process_trains_in_a_folder_and_a_killed_one_does_not(tmp_path: Path
     finally:
         run.kill()
         os.kill(worker, signal.SIGKILL)
+
+
+def test_settings_are_those_of_the_first_step(small: list[str], tmp_path: Path) -> None:
+    """A folder in which nothing was trained takes a corrected command; after a step, other settings are refused."""
+    run = tmp_path / "run"
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 3, "--model.mask_ratio", 0.5) == 0
+    saved = (run / "config.yaml").read_text()
+    directory = RunDirectory(run)
+    assert directory.has_trained()
+    directory.metrics.unlink()
+    assert directory.has_trained()  # by its checkpoint
+    (run / "checkpoints/last.ckpt").unlink()
+    assert not directory.has_trained()
+    directory.metrics.write_text("step,train/loss\n1,0.5\n")
+    assert directory.has_trained()
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 3) == 2
+    assert (run / "config.yaml").read_text() == saved
+    directory.metrics.write_text("step,train/loss\n")
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 3) == 0
+    assert "mask_ratio: 0.75" in (run / "config.yaml").read_text()
