@@ -86,25 +86,23 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             resolved["trainer"]["max_steps"] = -1  # the length is said once, so that config.yaml is itself a config
         if directory.config.exists() and directory.has_trained():
             directory.check_same_run(resolved, config.allow_changes)
-        found = directory.checkpoint()
+        saved = directory.checkpoint()
         data.allow_changes = config.allow_changes
-        checkpoint, saved, damaged = found if found is not None else (None, {}, [])
-        if checkpoint is not None:
+        if saved is not None:
             data.load_state_dict(saved[type(data).__name__])  # refuses other data before anything is said or written
-        done = None if checkpoint is None else int(saved["global_step"])
+        done = None if saved is None else int(saved["global_step"])
         if done is not None and done >= trainer.max_steps:
             print(f"{directory.path} is finished ({done} steps); {_next(directory)}")
             return directory.path
         if trainer.is_global_zero:
             directory.write_config(yaml.safe_dump(resolved, sort_keys=False))
             directory.keep_skipped(data.manifest.root)
-        if damaged and trainer.is_global_zero:
-            print(f"{'; '.join(damaged)}: going on from {checkpoint}", file=sys.stderr)
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
         # Until training starts a signal ends us at once, nothing is lost by it; but SLURM must be asked to requeue.
         stop.listen((signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else ())
         try:
+            checkpoint = directory.last if done is not None else None
             watchdog.watch(launched_rank(), trainer.world_size)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:

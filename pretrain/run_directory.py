@@ -15,7 +15,6 @@ from typing import Any, TextIO
 import yaml
 
 from datamodules.manifest import SKIPPED
-from pretrain.checkpoint_files import find_checkpoint
 from pretrain.checkpoints import read_checkpoint
 from pretrain.errors import RunError
 
@@ -123,13 +122,9 @@ class RunDirectory:
         rows = self.metrics.read_text(errors="replace").splitlines()[1:] if self.metrics.is_file() else []
         return bool(rows) or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
-    def checkpoint(self) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """The newest whole checkpoint, what it holds, and what is wrong with newer ones; None before the first one.
-
-        RunError when there are some and none is whole.
-        """
-        path, findings = find_checkpoint(self.checkpoints)
-        return None if path is None else (path, read_checkpoint(path), findings)
+    def checkpoint(self) -> dict[str, Any] | None:
+        """What the last checkpoint holds; None before the first one."""
+        return read_checkpoint(self.last) if self.last.exists() else None
 
     def check_same_run(self, config: dict[str, Any], allowed: list[str]) -> None:
         """RunError when `config` differs from the saved one in a key that changes what is learned.
