@@ -56,14 +56,15 @@ def make_prompts(
         names, told = [[IMAGENET_CLASSNAMES[place[code]]] for code in classes], "open_clip's ImageNet names"
     else:
         names, told = [[name.replace("_", " ")] for name in classes], "as in the data set"
-    chosen = _templates(templates)
+    chosen = read_templates(templates)
     pairs = [(template.replace("{}", name), i) for i, each in enumerate(names) for name in each for template in chosen]
     called = tuple(each[0] for each in names)
     called = called if len(set(called)) == len(called) else tuple(classes)
     return Prompts([text for text, _ in pairs], np.array([i for _, i in pairs], np.int64), called, chosen, told)
 
 
-def _templates(templates: str | Sequence[str] | None) -> tuple[str, ...]:
+def read_templates(templates: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The templates that `make_prompts` is told; EvaluationError when they are none."""
     if templates is None:
         return PLAIN
     if templates in ("imagenet", "simple"):

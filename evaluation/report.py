@@ -18,6 +18,7 @@ from evaluation.report_inside import inside_sections
 from evaluation.report_pictures import neighbour_section, reconstruction_section, retrieval_section
 from evaluation.report_tables import bad_counts, differences, facts, outdated, protocols, score_table, test_set
 from evaluation.run_files import Run, read_run
+from evaluation.text_lines import retrieval_words
 from evaluation.verdict import judge
 
 RECONSTRUCTIONS, INSIDE, QUERIES = 9, 6, 8
@@ -89,6 +90,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],
         inside=[inside_sections(run, INSIDE if single else INSIDE_OF_SEVERAL, test_data) for run in runs],
         confused=[(run, confusions(run)) for run in runs if "zeroshot" in run.results],
+        retrieval_words=retrieval_words,
         retrieved=[(run, retrieval_section(run)) for run in runs if "retrieval" in run.results],
         neighbours=[neighbour_section(run, queries, cache_dir) for run in runs],
         bad=[(run, bad_counts(run), run.bad[:MOST_BAD]) for run in runs],

@@ -1,6 +1,7 @@
 """Retrieval both ways: which text belongs to an image, and which image to a text.
 
-Axes: n = images, m = texts, e = joint width.
+Axes: n = images, m = different texts, p = pairs of an image and a text that it has, e = joint width, q, c = those that
+ask and those that are found, k = places looked at.
 """
 
 from typing import Any
@@ -17,50 +18,60 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
-def retrieval(images: Floats, texts: Floats, owner: Ints) -> dict[str, Any]:
-    """Recall at 1, 5 and 10 in percent, as a result for results.json.
+def retrieval(images: Floats, texts: Floats, pairs: Ints) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 in percent, and what chance would give, as a result for results.json.
 
-    An image is found by a text when its own score is among the k highest of all images; a text of an image is found
-    when one of its texts is among the k highest of all. What scores the same counts against it, so that texts that say
-    the same of different images are no luck.
+    An image has found a text when one of its own is among the k nearest of all texts; a text has found an image when
+    one that has it is among the k nearest of all images. Words that several images share are one text, and right for
+    each of them: where no words are shared, this is the usual recall (Faghri et al. 2018, arXiv:1707.05612). What
+    scores the same counts against it, so that a model that says the same about everything is not lucky.
 
     Args:
         images: of length 1, [n e].
-        texts: of length 1, [m e]; several may belong to one image.
-        owner: the image of each text, int64 [m], in rising order; every image has at least one.
+        texts: of length 1, all different words, [m e].
+        pairs: image and text of each pair, [p 2]; every image and every text is in one.
     """
-    if len(images) < 2 or not np.array_equal(np.unique(owner), np.arange(len(images))):
+    counts = [len(np.unique(pairs[:, side])) for side in (0, 1)]
+    if len(images) < 2 or counts != [len(images), len(texts)]:
         raise EvaluationError("retrieval needs at least two images, each with a caption")
-    to_text, to_image = text_ranks(images, texts, owner), image_ranks(images, texts, owner)
-    return {
-        "image_to_text": {f"recall@{k}": 100 * float(np.mean(to_text < k)) for k in KS},
-        "text_to_image": {f"recall@{k}": 100 * float(np.mean(to_image < k)) for k in KS},
-        "images": len(images),
-        "texts": len(texts),
+    ways = {
+        "image_to_text": (images, texts, pairs),
+        "text_to_image": (texts, images, pairs[:, ::-1]),
     }
+    found: dict[str, Any] = {}
+    by_chance: dict[str, Any] = {}
+    for name, (asking, given, own) in ways.items():
+        rank, right = ranks(asking, given, own), np.bincount(own[:, 0], minlength=len(asking))
+        found[name] = {f"recall@{k}": 100 * float(np.mean(rank < k)) for k in KS}
+        by_chance[name] = {f"recall@{k}": 100 * chance(right, len(given), k) for k in KS}
+    return {**found, "chance": by_chance, "images": len(images), "texts": len(texts), "captions": len(pairs)}
 
 
-def text_ranks(images: Floats, texts: Floats, owner: Ints) -> Ints:
-    """How many texts of others an image's best own text has above or beside it, [n]."""
-    starts = np.searchsorted(owner, np.arange(len(images) + 1))
-    ranks = np.empty(len(images), np.int64)
-    for first in range(0, len(images), _BLOCK):
-        block = np.arange(first, min(first + _BLOCK, len(images)))
-        score = np.asarray(images[block]) @ texts.T
+def ranks(asking: Floats, given: Floats, own: Ints) -> Ints:
+    """How many wrong ones each that asks has above or beside its best right one, [q].
+
+    Args:
+        asking: of length 1, [q e].
+        given: those to be found, of length 1, [c e].
+        own: which ask for which, [p 2], each pair once.
+    """
+    own = own[np.argsort(own[:, 0], kind="stable")]
+    starts = np.searchsorted(own[:, 0], np.arange(len(asking) + 1))
+    found = np.empty(len(asking), np.int64)
+    for first in range(0, len(asking), _BLOCK):
+        block = np.arange(first, min(first + _BLOCK, len(asking)))
+        score = np.asarray(asking[block]) @ np.asarray(given).T
         for row, i in enumerate(block):
-            own = slice(starts[i], starts[i + 1])
-            best = score[row, own].max()
-            score[row, own] = -np.inf
-            ranks[i] = np.count_nonzero(score[row] >= best)
-    return ranks
+            right = own[starts[i] : starts[i + 1], 1]
+            best = score[row, right].max()
+            score[row, right] = -np.inf
+            found[i] = np.count_nonzero(score[row] >= best)
+    return found
 
 
-def image_ranks(images: Floats, texts: Floats, owner: Ints) -> Ints:
-    """How many other images a text has above or beside its own, [m]."""
-    ranks = np.empty(len(texts), np.int64)
-    for first in range(0, len(texts), _BLOCK):
-        some = slice(first, first + _BLOCK)
-        score = texts[some] @ np.asarray(images).T
-        own = np.take_along_axis(score, owner[some, None], axis=1)
-        ranks[some] = (score >= own).sum(1) - 1
-    return ranks
+def chance(right: Ints, count: int, k: int) -> float:
+    """The recall at k of a random order: how often one of `right` [q] among `count` is in the first k, mean over q."""
+    missed = np.ones(len(right))
+    for place in range(min(k, count)):
+        missed *= np.clip((count - right - place) / (count - place), 0, 1)
+    return float(np.mean(1 - missed))

@@ -1,6 +1,6 @@
 """Examples of retrieval: some images with the texts they find, some texts with the images they find; and pictures.
 
-Axes: n = images, m = texts, e = joint width.
+Axes: n = images, m = different texts, p = pairs of an image and a text of its own, e = joint width.
 """
 
 import textwrap
@@ -34,39 +34,33 @@ class FoundImages(NamedTuple):
 
 
 def retrieval_examples(
-    images: Floats, texts: Floats, owner: Ints, keys: Sequence[str], words: Sequence[str], count: int = EXAMPLES
+    images: Floats, texts: Floats, pairs: Ints, keys: Sequence[str], words: Sequence[str], count: int = EXAMPLES
 ) -> dict[str, Any]:
     """Examples drawn at random, the same every time, as plain data for results.json.
-
-    A text that several images have is one text here, and right for each of them; a recall counts only an image's own.
 
     Args:
         images: of length 1, [n e].
         texts: of length 1, [m e].
-        owner: the image of each text, int64 [m].
+        pairs: image and text of each pair, [p 2].
         keys: of the images.
-        words: the texts.
+        words: the texts, all different.
         count: examples each way.
     """
-    number = {text: i for i, text in enumerate(dict.fromkeys(words))}
-    kind = np.array([number[text] for text in words])  # [m] -> the distinct text
-    distinct, first = np.unique(kind, return_index=True)
-    different, called = texts[first], [words[i] for i in first]
     to_text, to_image = [], []
     for row in spread(len(images), count):
-        own = np.isin(distinct, kind[owner == row])
-        order, similarity, rank = _sorted(different @ np.asarray(images[row]), own)
+        own = np.isin(np.arange(len(texts)), pairs[pairs[:, 0] == row, 1])
+        order, similarity, rank = _sorted(texts @ np.asarray(images[row]), own)
         found = [
-            {"text": called[i], "similarity": float(similarity[i]), "right": bool(own[i])} for i in order[:TEXTS_SHOWN]
+            {"text": words[i], "similarity": float(similarity[i]), "right": bool(own[i])} for i in order[:TEXTS_SHOWN]
         ]
         to_text.append({"image": keys[row], "texts": found, "rank": rank})
-    for i in spread(len(distinct), count, seed=1):
-        own = np.isin(np.arange(len(images)), owner[kind == i])
-        order, similarity, rank = _sorted(np.asarray(images) @ different[i], own)
+    for i in spread(len(texts), count, seed=1):
+        own = np.isin(np.arange(len(images)), pairs[pairs[:, 1] == i, 0])
+        order, similarity, rank = _sorted(np.asarray(images) @ texts[i], own)
         near = [
             {"image": keys[j], "similarity": float(similarity[j]), "right": bool(own[j])} for j in order[:IMAGES_SHOWN]
         ]
-        to_image.append({"text": called[i], "images": near, "rank": rank})
+        to_image.append({"text": words[i], "images": near, "rank": rank})
     return {"image_to_text": to_text, "text_to_image": to_image}
 
 

@@ -26,6 +26,7 @@ from evaluation.probe_lines import probe_lines
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
 from evaluation.ranks import one_decimal
 from evaluation.team import Team
+from evaluation.text_lines import text_summary
 from tasks.encoder_config import Pool
 from tasks.encoder_files import checkpoint_hash, load_encoder
 
@@ -44,6 +45,7 @@ def evaluate(
     templates: str | Sequence[str] | None = None,
     class_names: str | None = None,
     class_fields: Sequence[str] | None = None,
+    captions: str | None = None,
     pool: Pool | None = None,
     floors: bool = True,
     image_size: int | None = None,
@@ -67,6 +69,7 @@ def evaluate(
         settings: of the probes; None: the papers'.
         templates, class_names: of zeroshot, see `make_prompts`; None: those that the run was trained with, if any.
         class_fields: of zeroshot, fields of the samples' `.json`: all combinations of their values are the classes.
+        captions: of retrieval, see `chosen_captions`; None: as the run was trained.
         pool: what the probes see, class token, mean of the patch tokens or both (zeroshot and retrieval: always the
             joint space); None: as the encoder's config says.
         floors: score raw pixels and the untrained encoder too (cached per data set).
@@ -161,15 +164,15 @@ def evaluate(
             told.append(attribute_summary(results))
     if paired:
         # here, since most users never need the text tower
-        from evaluation.text_probes import score_texts, trained_captions
+        from evaluation.text_probes import chosen_captions, score_texts, trained_captions
         from tasks.clip_files import load_clip
 
-        captions = trained_captions(place.parent if place else None)
+        trained_with = trained_captions(run_of(source))
         found, tested = score_texts(
             load_clip(source, image_size=image_size), test_root, paired, read, device=device,
-            templates=captions.templates or None if templates is None else templates,
-            class_names=captions.class_names if class_names is None else class_names, class_fields=class_fields,
-            captions=captions,
+            templates=trained_with.templates or None if templates is None else templates,
+            class_names=trained_with.class_names if class_names is None else class_names, class_fields=class_fields,
+            captions=chosen_captions(trained_with, captions, templates, class_names),
         )  # fmt: skip
         about = shared | {"test": about_data(tested, test), "classes": len(tested.classes)}
         about |= {"class_fields": list(class_fields)} if class_fields else {}
@@ -194,10 +197,16 @@ def results_file(source: str | os.PathLike[str], output: str | os.PathLike[str] 
         if Path(output).is_file():
             raise EvaluationError(f"--output {output} is a file: name a folder")
         return Path(output) / "results.json"
+    run = run_of(source)
+    return None if run is None else run / "results.json"
+
+
+def run_of(source: str | os.PathLike[str]) -> Path | None:
+    """The folder of the run that a source is, or lies in as a checkpoint; None for another source."""
     path = Path(source)
     for run in (path, path.parent.parent):
         if not str(source).startswith("timm:") and (run / "config.yaml").is_file():
-            return run / "results.json"
+            return run
     return None
 
 
@@ -285,24 +294,3 @@ def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
             + (f"; {bad} unreadable images left out" if bad else ""),
         ]
     )
-
-
-def text_summary(results: dict[str, Result]) -> str:
-    """A few lines for the terminal: zero-shot accuracy and recalls."""
-    lines = [""]
-    if found := results.get("zeroshot"):
-        protocol, half = found["protocol"], (found["interval"][1] - found["interval"][0]) / 2
-        five = f", top-5 {one_decimal(found['top5'])}%" if "top5" in found else ""
-        lines.append(
-            f"zero-shot: top-1 {one_decimal(found['top1'])}%{five} (chance {one_decimal(100 / protocol['classes'])}%); "
-            f"{protocol['test']['images']:,} test images, {protocol['classes']} classes, "
-            f"{protocol['prompts']:,} prompts; 95% interval about +-{one_decimal(half)}"
-        )
-    if found := results.get("retrieval"):
-        ks = list(found["image_to_text"])
-        rows = [
-            [name.replace("_", " "), *(one_decimal(found[name][k]) for k in ks)]
-            for name in ("image_to_text", "text_to_image")
-        ]
-        lines += [table(["retrieval, %", *ks], rows), "", f"{found['images']:,} images, {found['texts']:,} captions"]
-    return "\n".join(lines)

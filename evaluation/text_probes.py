@@ -14,7 +14,7 @@ from datamodules.shard_reader import BadSampleError, ShardReader
 from evaluation.attributes import classed_by
 from evaluation.errors import EvaluationError
 from evaluation.features import Features, Featurizer
-from evaluation.prompts import make_prompts
+from evaluation.prompts import PLAIN, make_prompts, read_templates
 from evaluation.retrieval import retrieval
 from evaluation.retrieval_examples import retrieval_examples
 from evaluation.run_files import read_run
@@ -63,7 +63,7 @@ def score_texts(
         device: where texts are encoded.
         templates, class_names: see `make_prompts`.
         class_fields: of zeroshot: see `classed_by`; None: the images' own classes.
-        captions: where those for retrieval come from.
+        captions: where those for retrieval come from, see `chosen_captions`.
 
     Raises:
         EvaluationError, DataError: one line, for what the user can repair.
@@ -87,12 +87,20 @@ def score_texts(
         }
     if "retrieval" in probes:
         rows, texts_of, without = _captions(test, images, captions)
-        owner = np.repeat(np.arange(len(rows)), [len(each) for each in texts_of])
-        words = [text for each in texts_of for text in each]
+        number: dict[str, int] = {}
+        for text in (text for each in texts_of for text in each):
+            number.setdefault(text, len(number))
+        own = {(i, number[text]) for i, each in enumerate(texts_of) for text in each}
+        pairs, words = np.array(sorted(own), np.int64), list(number)
         encoded, vectors = encode_texts(clip, words).cpu().numpy(), np.asarray(images.x)[rows]
-        found = retrieval(vectors, encoded, owner)
-        found["examples"] = retrieval_examples(vectors, encoded, owner, [images.key[row] for row in rows], words)
-        found["protocol"] = {"images_without_caption": without, "ties": "count against"}
+        found = retrieval(vectors, encoded, pairs)
+        found["examples"] = retrieval_examples(vectors, encoded, pairs, [images.key[row] for row in rows], words)
+        found["protocol"] = {
+            "captions": _told(captions),
+            "images_without_caption": without,
+            "right": "the texts that an image has, and the images that have a text; the same words are one text",
+            "ties": "count against",
+        }
         results["retrieval"] = found
     return results, images
 
@@ -103,6 +111,39 @@ def trained_captions(run: Path | None) -> CaptionConfig:
         return CaptionConfig()
     told = read_run(run).get("data.recipe.captions") or {}
     return CaptionConfig(told.get("field"), tuple(told.get("templates") or ()), told.get("class_names"))
+
+
+def chosen_captions(
+    trained: CaptionConfig, where: str | None, templates: str | Sequence[str] | None, class_names: str | None
+) -> CaptionConfig:
+    """Where the captions for retrieval come from.
+
+    Args:
+        trained: those of the run.
+        where: None: as in training; `txt`: the samples' `.txt`, else `captions` or `caption` of their `.json`;
+            `json:FIELD`: that field; `templates`: the names of their classes.
+        templates, class_names: for `templates`, as `make_prompts` takes them; None: as in training.
+
+    Raises:
+        EvaluationError: another word, or templates that are none.
+    """
+    if where is None:
+        return trained
+    if where == "txt":
+        return CaptionConfig()
+    if where.startswith("json:") and where != "json:":
+        return CaptionConfig(field=where.removeprefix("json:"))
+    if where != "templates":
+        raise EvaluationError(f"--captions {where}: use txt, json:FIELD or templates")
+    chosen = read_templates(templates) if templates is not None else trained.templates or PLAIN
+    return CaptionConfig(None, chosen, class_names or trained.class_names)
+
+
+def _told(captions: CaptionConfig) -> str:
+    if captions.templates:
+        names = captions.class_names or "as in the data set"
+        return f"templates {', '.join(captions.templates)} with class names {names}"
+    return f"field {captions.field!r} of .json" if captions.field else ".txt, else captions or caption of .json"
 
 
 def _captions(test: Path, images: Features, config: CaptionConfig) -> tuple[np.ndarray[Any, Any], list[list[str]], int]:
@@ -121,6 +162,9 @@ def _captions(test: Path, images: Features, config: CaptionConfig) -> tuple[np.n
             except BadSampleError:
                 continue
     if len(found) < 2:
-        raise EvaluationError(f"retrieval needs images with captions (.txt, or captions in .json): {test} has none")
+        raise EvaluationError(
+            f"retrieval needs images with captions, and {test} has none ({_told(config)}); --captions txt, json:FIELD "
+            "or templates says where they are"
+        )
     rows = np.array(sorted(found))
     return rows, [found[int(place)] for place in rows], len(images) - len(found)

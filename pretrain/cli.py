@@ -166,6 +166,11 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="of zeroshot: comma-separated fields of the samples' .json; the classes are all combinations of values",
     )
     evaluate.add_argument(
+        "--captions",
+        metavar="WHERE",
+        help="of retrieval: txt, json:FIELD, or templates with the classes' names (default: as the run was trained)",
+    )
+    evaluate.add_argument(
         "--set",
         action="append",
         default=[],
@@ -291,6 +296,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         settings=with_options(ProbeSettings(), arguments.options),
         templates=arguments.templates,
         class_names=arguments.class_names,
+        captions=arguments.captions,
         pool=arguments.pool,
         image_size=arguments.image_size,
         precision=arguments.precision,

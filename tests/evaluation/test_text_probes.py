@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from datamodules.shard_writer import ShardWriter
@@ -75,10 +76,13 @@ def test_the_command(checkpoint: Path, shards: Path, tmp_path: Path, capsys: pyt
     assert zeroshot["protocol"]["templates"] == ["a photo of a {}."] and zeroshot["protocol"]["test"]["images"] == 80
     assert np.sum(zeroshot["confusion"]) == 80
     assert retrieval["protocol"]["images_without_caption"] == 16
-    assert (retrieval["images"], retrieval["texts"]) == (64, 64)
+    assert (retrieval["images"], retrieval["texts"], retrieval["captions"]) == (64, 64, 64)
+    assert retrieval["chance"]["image_to_text"]["recall@1"] == pytest.approx(100 / 64)
     assert set(retrieval["image_to_text"]) == {"recall@1", "recall@5", "recall@10"}
     told = capsys.readouterr().out
     assert "zero-shot: top-1" in told and "image to text" in told and "chance 25.0%" in told
+    assert ["by", "chance", "1.6", "7.8", "15.6"] in [line.split() for line in told.splitlines()]
+    assert "64 captions, all different" in told
     assert results["floors"] == {"chance": {"zeroshot": results["floors"]["chance"]["zeroshot"]}}
     assert results["floors"]["chance"]["zeroshot"]["top1"] == 25
 
@@ -139,6 +143,76 @@ def test_the_report_shows_what_finds_what(checkpoint: Path, shards: Path, tmp_pa
     assert all(f"comes in place {rank}." in section for rank in ranks)
     (run / "results.json").write_text((run / "results.json").read_text().replace(str(shards), str(shards / "moved")))
     assert "No examples: " in report([run]).read_text()
+
+
+def trained_on_templates(checkpoint: Path, tmp_path: Path) -> Path:
+    """A run whose captions were made of names and templates, as its config.yaml says."""
+    run = run_of(checkpoint, tmp_path)
+    (tmp_path / "names.tsv").write_text("class\tname\n" + "".join(f"{n}\t{n}, {n} paint\n" for n in COLORS))
+    captions = {"templates": ["my {}", "a photo of a {}."], "class_names": str(tmp_path / "names.tsv"), "field": None}
+    recipe = {"class_path": "datamodules.recipes.CLIPRecipe", "init_args": {"captions": captions}}
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"data": {"recipe": recipe}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+@pytest.mark.parametrize("source", ["", "checkpoints/last.ckpt"])
+def test_prompts_are_those_that_the_run_was_trained_with(
+    source: str, checkpoint: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Wherever the results go; what the user says comes first."""
+    run = trained_on_templates(checkpoint, tmp_path) / source
+    for output in (None, tmp_path / "elsewhere"):
+        found = evaluate(run, test=shards, probes=("zeroshot",), progress=False, output=output)["zeroshot"]
+        assert found["protocol"]["templates"] == ["my {}", "a photo of a {}."]
+        assert found["protocol"]["class_names"] == str(tmp_path / "names.tsv")
+        assert found["protocol"]["prompts"] == 2 * 8
+    own = evaluate(run, test=shards, probes=("zeroshot",), progress=False, templates=["{}"])["zeroshot"]["protocol"]
+    assert (own["templates"], own["prompts"]) == (["{}"], 8)
+
+
+def test_captions_of_classes_can_be_found(
+    checkpoint: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twenty images have the same captions: each of them is right, and chance is told beside the recall."""
+    run = trained_on_templates(checkpoint, tmp_path)
+    command = ["evaluate", str(run), "--test", str(shards), "--probes", "retrieval"]
+    assert main(command) == 0
+    found = json.loads((run / "results.json").read_text())["retrieval"]
+    assert (found["images"], found["texts"], found["captions"]) == (80, 16, 320)
+    assert found["image_to_text"]["recall@1"] > 80 > 50 > found["chance"]["image_to_text"]["recall@1"]
+    assert found["chance"]["text_to_image"]["recall@1"] == 25
+    told = capsys.readouterr().out
+    assert "80 images with 320 captions, of which 16 are different: where images share one, each of them is" in told
+    assert "templates my {}, a photo of a {}. with class names " in found["protocol"]["captions"]
+    page = report([run]).read_text()
+    assert "of which 16 are different" in page and "<small>(25.0)</small>" in page
+
+
+@pytest.mark.parametrize(
+    ("where", "texts", "told"),
+    [("txt", 64, ".txt, else"), ("json:colour", 4, "field 'colour' of .json"), ("templates", 8, "templates my {}, a")],
+)
+def test_which_captions_to_read(
+    where: str, texts: int, told: str, checkpoint: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = trained_on_templates(checkpoint, tmp_path)
+    if where == "templates":  # of a run that was trained on texts, with what the user says
+        (run / "config.yaml").write_text("model: {class_path: tasks.clip_task.CLIPTask}\n")
+    (tmp_path / "templates.txt").write_text("my {}\na {}\n")
+    command = ["evaluate", run, "--test", shards, "--probes", "retrieval", "--captions", where]
+    command += ["--templates", tmp_path / "templates.txt"]
+    assert main([str(part) for part in command]) == 0
+    found = json.loads((run / "results.json").read_text())["retrieval"]
+    assert found["texts"] == texts and found["protocol"]["captions"].startswith(told)
+
+
+def test_captions_that_are_not_there(checkpoint: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", str(checkpoint), "--test", str(shards), "--probes", "retrieval", "--captions"]
+    assert main([*command, "json:place"]) == 2
+    assert "has none (field 'place' of .json); --captions txt, json:FIELD or templates" in capsys.readouterr().err
+    assert main([*command, "words"]) == 2
+    assert "--captions words: use txt, json:FIELD or templates" in capsys.readouterr().err
 
 
 def test_own_names_and_templates(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
