@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_report(commands)
     _add_export(commands)
+    _add_tokenizer(commands)
     _add_slurm(commands)
     return parser
 
@@ -206,6 +207,22 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
 
 
+def _add_tokenizer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tokenizer = commands.add_parser("tokenizer", help="a vocabulary of your own for CLIP")
+    kinds = tokenizer.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train = _command(kinds, "train", _train_tokenizer, "learn a vocabulary (byte-level BPE) from the captions of a set")
+    train.add_argument("source", metavar="SHARDS", help="shards, or images with texts beside them")
+    train.add_argument("output", metavar="OUT", help="the file to write, NAME.json; for --model.text.tokenizer")
+    train.add_argument("--size", type=int, default=8192, help="at most so many ids (default 8,192)")
+    train.add_argument("--captions", metavar="WHERE", help="txt (default; else captions in .json) or json:FIELD")
+    train.add_argument(
+        "--clean",
+        choices=("lower", "canonicalize", "whitespace"),
+        default="lower",
+        help="small letters (default), also without punctuation, or as they are; as --model.text.clean",
+    )
+
+
 def _add_slurm(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from slurm.submit import add_options
 
@@ -318,6 +335,13 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int | None:
     done = export(arguments.source, arguments.output, arguments.format, whole=arguments.whole)
     print(arguments.output)
     print(f"reloaded: largest difference {done.difference:.1e} of {done.what}")
+    return 0
+
+
+def _train_tokenizer(arguments: argparse.Namespace, _: list[str]) -> int | None:
+    from pretrain.train_tokenizer import tokenizer_command
+
+    tokenizer_command(arguments.source, arguments.output, arguments.size, arguments.captions, arguments.clean)
     return 0
 
 

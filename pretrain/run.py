@@ -37,6 +37,7 @@ from pretrain.rank_watch import RankWatch
 from pretrain.run_directory import RunDirectory, launched_rank
 from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
+from pretrain.vocabulary import vocabulary_of_the_run
 from pretrain.watchdog import Watchdog
 from tasks.task import PretrainTask
 
@@ -68,7 +69,8 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
     directory = RunDirectory(Path(config.output))
     directory.claim()
     try:
-        parts = instantiate(cli, config)
+        with vocabulary_of_the_run(directory.path, config):
+            parts = instantiate(cli, config)
         data: ShardDataModule = parts.data
         task: PretrainTask = parts.model
         data.bad_samples_file = directory.bad_samples

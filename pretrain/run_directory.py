@@ -19,10 +19,11 @@ from pretrain.checkpoints import read_checkpoint
 from pretrain.errors import RunError
 
 # What does not change what is learned: where and how fast it runs, and how often it reports. `data.train` may move,
-# because the manifest hash in the checkpoint still tells whether it is the same data.
+# because the manifest hash in the checkpoint still tells whether it is the same data; so may a vocabulary, all of which
+# is in the checkpoint.
 MAY_CHANGE = (
     "output", "allow_changes", "checkpoint_every", "log_every", "log_keys", "start_timeout", "step_timeout", "wandb",
-    "data.train", "data.workers", "data.device_batch_size", "data.bad_sample_budget",
+    "data.train", "model.text.tokenizer", "data.workers", "data.device_batch_size", "data.bad_sample_budget",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark",
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.errors import TaskError
-from tasks.tokenizer import Clean, Tokenizer
+from tasks.tokenizer import Clean, Tokenizer, spare_content
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class TextTower(nn.Module):
         except ImportError as error:
             raise TaskError("CLIP's text tower needs open_clip: pip install open_clip_torch") from error
         self.config = config
-        self.tokenizer = Tokenizer(config.tokenizer, config.context_length, config.clean, config.pad_id, tokenizer_json)
+        content = tokenizer_json or spare_content(config.tokenizer)
+        self.tokenizer = Tokenizer(config.tokenizer, config.context_length, config.clean, config.pad_id, content)
         self.trunk: Any = TextTransformer(
             context_length=config.context_length,
             vocab_size=config.vocab_size or self.tokenizer.vocab_size,

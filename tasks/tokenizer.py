@@ -3,7 +3,8 @@
 Axes: b = captions, t = context length.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -133,6 +134,25 @@ def _read(vocabulary: str) -> str:
         raise TaskError(f"no tokenizer {vocabulary} (`clip`, a tokenizer.json, or hf-hub:NAME): {error}") from error
 
 
+_spare: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def spare_vocabulary(vocabulary: str, content: str | None) -> Iterator[None]:
+    """Within it, towers with that vocabulary are built from `content`: its file may be gone, a checkpoint has it."""
+    if content is not None:
+        _spare[vocabulary] = content
+    try:
+        yield
+    finally:
+        _spare.pop(vocabulary, None)
+
+
+def spare_content(vocabulary: str) -> str | None:
+    """What a vocabulary is read from instead of its file; None outside of `spare_vocabulary`."""
+    return _spare.get(vocabulary)
+
+
 def train_bpe(captions: Iterable[str], path: str | Path, vocab_size: int = 49408, clean: Clean = "lower") -> None:
     """Learns a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) from captions and writes its tokenizer.json.
 
@@ -179,3 +199,4 @@ def train_bpe(captions: Iterable[str], path: str | Path, vocab_size: int = 49408
         words.save(str(path))
     except Exception as error:  # the package raises nothing more special
         raise TaskError(f"cannot write {path}: {error}") from error
+    _read.cache_clear()  # it may have had other words
