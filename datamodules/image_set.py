@@ -38,15 +38,16 @@ class EvaluationLoader:
     def __init__(
         self, root: Path, *, crop_size: int, resize: int, batch_size: int, workers: int, limit: int | None,
         pin_memory: bool, channels: int, bits: int, share: tuple[int, int],
+        rows: Ints | None,
     ) -> None:  # fmt: skip
         self.manifest = load_manifest(root)
         self.workers, self.pin_memory = workers, pin_memory
         self.bad: list[BadSample] = []
         self.lost: list[BadSample] = []
         count = self.manifest.num_samples
-        chosen: Ints = np.arange(count, dtype=np.int64)
+        chosen: Ints = np.arange(count, dtype=np.int64) if rows is None else np.sort(rows)
         if limit is not None and limit < count:
-            chosen = chosen[:limit] * count // limit  # spread out: neighbours may be of one class
+            chosen = np.arange(limit, dtype=np.int64) * count // limit  # spread out: neighbours may be of one class
         ends = np.cumsum(self.manifest.counts)
         shard = np.searchsorted(ends, chosen, side="right")
         sample = chosen - (ends - self.manifest.counts)[shard]
@@ -82,7 +83,7 @@ class EvaluationLoader:
 def evaluation_loader(
     root: str | os.PathLike[str], *, crop_size: int, resize: int, batch_size: int = 256, workers: int | None = None,
     limit: int | None = None, pin_memory: bool = False, channels: int = 3, bits: int = 8,
-    share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1), rows: Ints | None = None,
 ) -> EvaluationLoader:  # fmt: skip
     """Read a folder of shards for evaluation.
 
@@ -96,6 +97,7 @@ def evaluation_loader(
         pin_memory: put the batches where an accelerator can fetch them.
         channels, bits: of the images, see `decode_image`.
         share: (i, n): only the i-th of n parts of the batches, in order.
+        rows: only the samples of these numbers, in the order of the set; not together with `limit`.
 
     Raises:
         DataError: for numbers that make no sense, or a folder without samples.
@@ -111,7 +113,7 @@ def evaluation_loader(
         workers = default_workers(on_accelerator=pin_memory)
     return EvaluationLoader(
         Path(root), crop_size=crop_size, resize=resize, batch_size=batch_size, workers=workers, limit=limit,
-        pin_memory=pin_memory, channels=channels, bits=bits, share=share,
+        pin_memory=pin_memory, channels=channels, bits=bits, share=share, rows=rows,
     )  # fmt: skip
 
 

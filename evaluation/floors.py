@@ -119,14 +119,18 @@ def _untrained(
     config: EncoderConfig, measure: Measure, probes: Sequence[str], settings: ProbeSettings, train_images: int,
     aside: Path,
 ) -> dict[str, Result]:  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
-        encoder = Encoder(config).eval()
-    data = measure(encoder, aside)
+    data = measure(untrained(config), aside)
     results = {probe: PROBES[probe](data, settings) for probe in probes}
     for result in results.values():
         result["protocol"]["features"] = f"the same encoder, untrained (initialisation seed {UNTRAINED_SEED})"
     return results
+
+
+def untrained(config: EncoderConfig) -> Encoder:
+    """The same encoder before any training, the same whenever it is asked for."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(UNTRAINED_SEED)
+        return Encoder(replace(config, drop_path=0.0)).eval()
 
 
 def pixel_side(image_size: int, train_images: int, channels: int = 3) -> int:

@@ -6,17 +6,24 @@ top-1, for the sampling of test images), "protocol", ...}.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import knn, linear
+from evaluation.attentive import Attentive
 from evaluation.attributes import Attribute
 from evaluation.errors import EvaluationError
 from evaluation.few_shot import FewShot, few_shot
+from evaluation.finetune import Finetune
 from evaluation.label_free import LabelFree, label_free
+from evaluation.linear_mae import LinearMAE
+from evaluation.linear_paper import LinearPaper
+from evaluation.localisation import Localisation
 from evaluation.ranks import interval, mean_per_class, top
+from evaluation.robustness import Corruptions
+from evaluation.segmentation import Segmentation
 
 Result = dict[str, Any]
 
@@ -43,7 +50,29 @@ class ProbeSettings:
     seed: int = 0
     few_shot: FewShot = field(default_factory=FewShot)
     label_free: LabelFree = field(default_factory=LabelFree)
+    # Of the probes on images; the floors of the others do not depend on them.
+    linear_paper: LinearPaper = field(default_factory=LinearPaper, repr=False)
+    linear_mae: LinearMAE = field(default_factory=LinearMAE, repr=False)
+    attentive: Attentive = field(default_factory=Attentive, repr=False)
+    finetune: Finetune = field(default_factory=Finetune, repr=False)
+    corruptions: Corruptions = field(default_factory=Corruptions, repr=False)
+    segmentation: Segmentation = field(default_factory=Segmentation, repr=False)
+    localisation: Localisation = field(default_factory=Localisation, repr=False)
     device: str = "cpu"
+
+
+class Scored(Protocol):
+    """Test labels [t] and the number of classes."""
+
+    @property
+    def test_label(self) -> NDArray[np.int64]:
+        """[t]."""
+        ...
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        ...
 
 
 def score_knn(data: ProbeData, settings: ProbeSettings) -> Result:
@@ -130,6 +159,12 @@ def score_label_free(data: ProbeData, settings: ProbeSettings) -> Result:
     return {**found, "protocol": protocol}
 
 
+LABELLED_IMAGES = ("linear_paper", "linear_mae", "attentive", "finetune", "corruptions")
+"""Probes that need the images and their labels, see `image_probes`."""
+
+DENSE_PROBES = ("segmentation", "localisation")
+"""Probes that need masks or boxes; localisation learns nothing."""
+
 TEXT_PROBES = ("zeroshot", "retrieval")
 """Probes that compare images with texts (`text_probes`); they learn nothing and need no train images."""
 
@@ -142,17 +177,26 @@ PROBES: dict[str, Callable[[ProbeData, ProbeSettings], Result]] = {
 }
 
 
-def check_probes(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of PROBES and of TEXT_PROBES, without repeats; EvaluationError for none, or one that is unknown."""
-    unknown = [name for name in names if name not in (*PROBES, *TEXT_PROBES)]
+class Chosen(NamedTuple):
+    """Names of probes: those that learn from labelled images, those for masks and boxes, those that compare texts."""
+
+    learned: tuple[str, ...]
+    dense: tuple[str, ...]
+    paired: tuple[str, ...]
+
+
+def check_probes(names: Sequence[str]) -> Chosen:
+    """The probes without repeats; EvaluationError for none, or one that is unknown."""
+    learned = (*PROBES, *LABELLED_IMAGES)
+    unknown = [name for name in names if name not in (*learned, *DENSE_PROBES, *TEXT_PROBES)]
     if unknown or not names:
         what = f"unknown probe {unknown[0]!r}" if unknown else "no probe given"
-        raise EvaluationError(f"{what}: there are {', '.join((*PROBES, *TEXT_PROBES))}")
+        raise EvaluationError(f"{what}: there are {', '.join((*learned, *DENSE_PROBES, *TEXT_PROBES))}")
     once = tuple(dict.fromkeys(names))
-    return tuple(name for name in once if name in PROBES), tuple(name for name in once if name in TEXT_PROBES)
+    return Chosen(*(tuple(name for name in once if name in kind) for kind in (learned, DENSE_PROBES, TEXT_PROBES)))
 
 
-def tops(rank: NDArray[np.int64], data: ProbeData) -> Result:
+def tops(rank: NDArray[np.int64], data: Scored) -> Result:
     """Top-1, top-5 with more than five classes, mean over classes, and the Wilson interval of top-1; rank [t]."""
     five = {"top5": top(rank, 5)} if data.classes > 5 else {}
     return {

@@ -63,8 +63,7 @@ def evaluate(
         source: a run's directory, a checkpoint, an export, or `timm:NAME`.
         train: labelled images to learn from: tars, class folders, or a tar of them; zeroshot and retrieval need none.
         test: labelled images to score on; classes are matched by name, and nothing is chosen on them.
-        probes: `knn`, `linear`, `few_shot`, `label_free`, `attributes` (those in the samples' `.json`); of a CLIP also
-            `zeroshot`, `retrieval`.
+        probes: names in `probes.PROBES`, `LABELLED_IMAGES`, `DENSE_PROBES`; of a CLIP also `zeroshot`, `retrieval`.
         output: folder of results.json; None: the run, or nothing is written when `source` is not (in) a run.
         settings: of the probes; None: the papers'.
         templates, class_names: of zeroshot, see `make_prompts`; None: those that the run was trained with, if any.
@@ -90,9 +89,9 @@ def evaluate(
     Raises:
         EvaluationError, TaskError, DataError: one line, for what the user can repair.
     """
-    learned, paired = check_probes(probes)
-    if learned and train is None:
-        raise EvaluationError(f"{', '.join(learned)} learn from labelled images: give --train")
+    learned, dense, paired = check_probes(probes)
+    if train is None and (learners := [name for name in (*learned, *dense) if name != "localisation"]):
+        raise EvaluationError(f"{', '.join(learners)} learn from images: give --train")
     source = str(source)
     place = results_file(source, output)
     encoder = load_encoder(source, image_size=image_size)
@@ -102,6 +101,7 @@ def evaluate(
     device = device or pick_device()
     settings = replace(settings or ProbeSettings(), device=device)
     test_root = open_shards(test)
+    train_root = open_shards(train) if train is not None and (learned or dense) else None
     features = cache_dir / "features" if cache_dir else None
     shared = {
         "source": source,
@@ -129,8 +129,8 @@ def evaluate(
     attributes: dict[str, Attribute] = {}
     results: dict[str, Any] = {}
     told: list[str] = []
-    if learned and train is not None:
-        train_root = open_shards(train)
+    if learned and train is not None and train_root is not None:
+        on_features, on_images = ([n for n in learned if (n in PROBES) == there] for there in (True, False))
         if progress and train_root.resolve() == test_root.resolve():
             print("note: train and test are the same images, so the scores say little", file=sys.stderr)
         trained, tested = read(encoder, train_root), read(encoder, test_root)
@@ -144,24 +144,43 @@ def evaluate(
             "classes": data.classes,
             "majority_class": 100 * float(np.mean(data.test_label == np.bincount(data.train_label).argmax())),
         }
-        for probe in learned:
+        for probe in on_features:
             results[probe] = PROBES[probe](data, settings)
             results[probe]["protocol"] = about | results[probe]["protocol"]
-        if floors:
+        if floors and on_features:
             found = compute_floors(
-                config, lambda f, aside: pair(read(f, train_root, aside), read(f, test_root, aside)), learned, settings,
-                train_images=len(trained), data_hashes=(trained.data_hash, tested.data_hash), precision=precision,
-                cache_dir=cache_dir / "floors" if cache_dir else None,
+                config, lambda f, aside: pair(read(f, train_root, aside), read(f, test_root, aside)), on_features,
+                settings, train_images=len(trained), data_hashes=(trained.data_hash, tested.data_hash),
+                precision=precision, cache_dir=cache_dir / "floors" if cache_dir else None,
             )  # fmt: skip
             for result in (result for floor in found.values() for result in floor.values()):
                 drop = ("source", "checkpoint", "encoder", "pool")
                 result["protocol"] = {k: v for k, v in about.items() if k not in drop} | result["protocol"]
             results["floors"] = found
+        if on_images:
+            from evaluation.score_images import score_on_images
+
+            results |= score_on_images(
+                on_images, encoder, train_root, trained, test_root, tested, data, settings, about, workers=workers,
+                batch_size=batch_size, precision=precision, progress=progress,
+            )  # fmt: skip
         if any(name in NAMES for name in learned):
             told.append(summary(results, about))
-        told += ["", *lines] if (lines := probe_lines(results)) else []
         if "attributes" in learned:
             told.append(attribute_summary(results))
+    if dense:
+        from evaluation.score_images import score_dense
+
+        given = {"train": train} if train is not None else {}
+        about = shared | {name: {"path": shown(path)} for name, path in (given | {"test": test}).items()}
+        found = score_dense(
+            dense, encoder, train_root, test_root, settings, about, floors=floors, batch_size=batch_size,
+            workers=workers, precision=precision, progress=progress,
+        )  # fmt: skip
+        for floor, scores in found.pop("floors", {}).items():
+            results.setdefault("floors", {}).setdefault(floor, {}).update(scores)
+        results |= found
+    told += ["", *lines] if (lines := probe_lines(results)) else []
     if paired:
         # here, since most users never need the text tower
         from evaluation.text_probes import chosen_captions, score_texts, trained_captions
@@ -257,11 +276,16 @@ def _about(result: Any) -> tuple[Any, Any]:
 def about_data(features: Features, given: str | os.PathLike[str]) -> dict[str, Any]:
     """What a protocol says of a data set."""
     return {
-        "path": str(given if is_remote(given) else Path(given).resolve()),
+        "path": shown(given),
         "images": len(features),
         "bad": features.bad,
         "hash": features.data_hash,
     }
+
+
+def shown(given: str | os.PathLike[str]) -> str:
+    """A data set in a protocol: its URL, or its whole path."""
+    return str(given if is_remote(given) else Path(given).resolve())
 
 
 def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:

@@ -145,8 +145,8 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate.add_argument(
         "--probes",
         default="knn,linear",
-        help="comma-separated: knn,linear (default), few_shot, label_free, attributes; for a CLIP also zeroshot, "
-        "retrieval",
+        help="comma-separated: knn,linear (default), few_shot, label_free, attributes, linear_paper, linear_mae, "
+        "attentive, finetune, corruptions, segmentation, localisation; for a CLIP also zeroshot, retrieval",
     )
     evaluate.add_argument(
         "--pool", choices=("cls", "mean", "cls+mean"), help="tokens that are probed (default: as the run says)"

@@ -18,6 +18,7 @@ from tasks.encoder_files import save_encoder
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
 from tests.evaluation.conftest import CLASSES, CONFIG, make_run, write_images
+from tests.evaluation.test_dense import write_masked
 
 
 def run_evaluate(source: Path, train: Path, test: Path, **options: Any) -> dict[str, Any]:
@@ -98,6 +99,48 @@ def test_probes_on_features_and_their_settings_on_the_command_line(
     assert main(["evaluate", str(encoder_file), *data, "--probes", "knn", "--set", "ks=5,"]) == 0
     assert main(["evaluate", str(encoder_file), *data, "--set", "ks=a"]) == 2
     assert "--set ks=a: it takes several of int" in capsys.readouterr().err
+
+
+def test_probes_on_images_on_the_command_line(
+    cache: Path, encoder_file: Path, tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("linear_paper", "linear_mae", "attentive", "finetune", "corruptions")
+    small = [
+        "linear_paper.steps=2", "linear_paper.rates=0.1", "linear_mae.epochs=2", "linear_mae.warmup_epochs=1",
+        "attentive.epochs=1", "attentive.rates=1e-3,1e-2", "finetune.epochs=2", "finetune.warmup_epochs=1",
+        "corruptions.kinds=contrast,fog", "corruptions.severities=2", "strengths=1",
+    ]  # fmt: skip
+    data = ["--train", str(world / "train"), "--test", str(world / "test"), "--output", str(tmp_path)]
+    command = ["evaluate", str(encoder_file), *data,
+               "--probes", ",".join(names), *(f"--set={each}" for each in small)]  # fmt: skip
+    assert main(command) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found) == set(names), "no floors: they would take as long"
+    for name in names:
+        protocol = found[name]["protocol"]
+        assert found[name]["interval"][0] <= found[name]["top1"] <= found[name]["interval"][1]
+        assert protocol["train"]["images"] == 240 and protocol["seed"] == 0 and len(protocol["checkpoint"]) == 16
+    assert found["linear_paper"]["protocol"]["chosen_on"].startswith("24 train images")
+    assert found["linear_paper"]["protocol"]["rates"] == [0.1]
+    assert found["finetune"]["protocol"]["layer_decay"] == 0.65
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}: top-1 " in printed for name in names)
+
+
+def test_probes_on_masks_need_no_labels(
+    cache: Path, encoder_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [write_masked(tmp_path / name, 12, seed=0) for name in ("train", "test")]
+    small = ["--set", "segmentation.steps=3", "--set", "segmentation.batch_size=4"]
+    command = ["evaluate", str(encoder_file), "--test", str(data[1]), "--output", str(tmp_path)]
+    assert main([*command, "--probes", "localisation"]) == 0
+    assert main([*command, "--train", str(data[0]), "--probes", "segmentation", *small]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["segmentation"]["protocol"]["classes"] == 2 and found["localisation"]["images"] == 12
+    assert set(found["floors"]["untrained"]) >= {"segmentation"}
+    assert "segmentation: mean IoU" in capsys.readouterr().out
+    assert main([*command, "--probes", "segmentation"]) == 2
+    assert "segmentation learn from images: give --train" in capsys.readouterr().err
 
 
 def test_labels_that_are_texts_are_one_clear_line(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:

@@ -1,0 +1,138 @@
+"""Images with masks (`.mask.png`, one class number a pixel), cut alike.
+
+Axes: b = images, c = channels, s = side of the crop, h w = rows and columns of an image.
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.crops import center_crop, flip, resize_shorter_side
+from datamodules.errors import DataError
+from datamodules.labelled_batches import shuffled
+from datamodules.loader import default_workers, iterate
+from datamodules.manifest import Manifest, load_manifest
+from datamodules.rng import sample_keys, uniform
+from datamodules.shard_reader import BadSampleError, ShardReader
+
+MASK = "mask.png"
+IGNORE = 255
+_FLIP = 2  # purpose of the random number, as in `recipes`
+
+Ints = NDArray[np.int64]
+
+
+class MaskBatches(Dataset[dict[str, Any]]):
+    """Batches {"image": [b c s s], "mask": int64 [b s s], "key"} by number; what has no mask of its size is left out.
+
+    Args:
+        root: a folder of shards.
+        crop_size, resize: sides of the central crop, and before it of the shorter side, pixels.
+        batch_size: images in a batch.
+        seed: None: every image once and in order; else shuffled epochs without end, half of the images mirrored.
+        channels, bits: of the images, see `decode_image`.
+
+    Raises:
+        DataError: the set has no masks.
+    """
+
+    def __init__(
+        self, root: Path, *, crop_size: int, resize: int, batch_size: int, seed: int | None = None, channels: int = 3,
+        bits: int = 8,
+    ) -> None:  # fmt: skip
+        manifest = load_manifest(root)
+        if not manifest.members.get(MASK):
+            raise DataError(f"{manifest.name} has no masks: segmentation needs a .{MASK} beside each image")
+        self.reader = ShardReader(manifest, channels=channels, bits=bits)
+        self.crop_size, self.resize, self.batch_size, self.seed = crop_size, resize, batch_size, seed
+        self.rows = np.arange(manifest.num_samples, dtype=np.int64)
+        self.starts = np.cumsum(manifest.counts) - manifest.counts
+        self._epoch, self._order = -1, self.rows
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def batches(
+        self, steps: int | None = None, workers: int | None = None, on_accelerator: bool = False
+    ) -> Iterator[Any]:
+        """So many batches, by default those of one epoch, from worker processes; empty ones are passed over."""
+        workers = default_workers(on_accelerator=on_accelerator) if workers is None else workers
+        numbers = range(len(self) if steps is None else steps)
+        for batch in iterate(self, numbers, workers=workers, pin_memory=on_accelerator):
+            if batch["key"]:
+                yield batch
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        epoch, place = divmod(number, len(self))
+        if self.seed is not None and epoch != self._epoch:
+            counts = self.reader.manifest.counts
+            self._epoch, self._order = epoch, shuffled(self.rows, counts, self.seed, epoch)
+        images, masks, keys = [], [], []
+        for position in range(place * self.batch_size, min((place + 1) * self.batch_size, len(self.rows))):
+            row = int(self._order[position])
+            shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+            try:
+                key, image = self.reader.image(shard, row - int(self.starts[shard]))
+                mask = read_mask(self.reader, shard, row - int(self.starts[shard]), (image.shape[1], image.shape[2]))
+            except BadSampleError:
+                continue
+            if mask is None:
+                continue
+            image = center_crop(resize_shorter_side(image, self.resize), self.crop_size)
+            mask = center_crop(_resize_mask(mask, self.resize), self.crop_size)
+            if self.seed is not None and uniform(sample_keys(self.seed, epoch, np.array([position])), _FLIP, 1) < 0.5:
+                image, mask = flip(image), flip(mask)
+            images.append(image)
+            masks.append(mask[0])
+            keys.append(f"{self.reader.name(shard)}/{key}")
+        if not keys:
+            return {"key": []}
+        return {"image": torch.stack(images), "mask": torch.stack(masks).long(), "key": keys}
+
+
+def read_mask(reader: ShardReader, shard: int, sample: int, size: tuple[int, int]) -> Tensor | None:
+    """Class numbers [1 h w] of a sample's pixels; None without a mask, or with one of another size than the image."""
+    data = reader.member(shard, sample, MASK)
+    if data is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
+            if (file.height, file.width) != size:
+                return None
+            pixels = np.array(file)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        return None
+    return torch.from_numpy(pixels.astype(np.int32))[None] if pixels.ndim == 2 else None
+
+
+def mask_classes(manifest: Manifest, looked_at: int = 1000) -> int:
+    """One more than the largest class in some masks of a set, spread evenly over it; 255 (ignored) does not count."""
+    reader, largest = ShardReader(manifest), -1
+    places = [(shard, i) for shard, described in enumerate(manifest.shards) for i in range(described.samples)]
+    for place in places[:: max(1, len(places) // looked_at)]:
+        try:
+            image = reader.image(*place)[1]
+            mask = read_mask(reader, *place, (image.shape[1], image.shape[2]))
+        except BadSampleError:
+            continue
+        if mask is not None and len(known := mask[mask != IGNORE]):
+            largest = max(largest, int(known.max()))
+    return largest + 1
+
+
+def _resize_mask(mask: Tensor, size: int) -> Tensor:
+    """As `resize_shorter_side`, by the nearest pixel."""
+    height, width = mask.shape[1:]
+    if min(height, width) == size:
+        return mask
+    new = (size, int(size * width / height)) if height < width else (int(size * height / width), size)
+    resized = torch.nn.functional.interpolate(mask[None].float(), new, mode="nearest-exact")[0]
+    return resized.to(mask.dtype)

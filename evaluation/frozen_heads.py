@@ -1,0 +1,146 @@
+"""Small heads that learn from a frozen encoder on augmented crops, all of them in one pass over the images.
+
+Axes: b = images, c = classes, h = heads, t = test images.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from datamodules.image_set import evaluation_loader
+from datamodules.labelled_batches import labelled_batches
+from datamodules.normalize import normalize
+from datamodules.recipes import MAERecipe, Recipe
+from evaluation.errors import EvaluationError
+from evaluation.image_data import ImageData
+from evaluation.ranks import rank_of_truth
+from tasks.encoders import Encoder
+
+Ints = NDArray[np.int64]
+SCALE = (0.08, 1.0)
+"""Area of a training crop as a share of the image: torchvision's RandomResizedCrop, in most protocols."""
+
+
+def train_heads(
+    encoder: Encoder, tokens: Callable[[Tensor], Any], heads: Mapping[str, nn.Module], optimizer: Optimizer,
+    rate: Callable[[float], float], data: ImageData, rows: Ints, *, batch_size: int, steps: int, seed: int, name: str,
+    recipe: Recipe | None = None,
+) -> None:  # fmt: skip
+    """Train every head on the mean of its own cross-entropy; the encoder stays as it is.
+
+    Args:
+        encoder: in evaluation mode, on the device.
+        tokens: normalised images [b c h w] -> what each head takes, without gradients.
+        heads: name -> module that gives logits [b c].
+        optimizer: over the parameters of all heads; each group's `lr` is its peak.
+        rate: progress in [0, 1] -> factor of the peak rate.
+        data: what to learn from.
+        rows: of data.train, those to learn from.
+        batch_size: images in a step; the encoder sees data.batch_size of them at a time.
+        steps: of the optimiser.
+        seed: of order and crops.
+        name: for the progress bar.
+        recipe: None: random resized crops and flips.
+
+    Raises:
+        EvaluationError: a loss is not finite.
+    """
+    config = encoder.config
+    batch_size = min(batch_size, len(rows))
+    part = next(size for size in range(min(data.batch_size, batch_size), 0, -1) if batch_size % size == 0)
+    batches = labelled_batches(
+        data.train, recipe or MAERecipe(config.image_size, SCALE), rows=rows, batch_size=part,
+        steps=steps * (batch_size // part), seed=seed, workers=data.workers,
+        on_accelerator=data.device.startswith("cuda"), channels=config.in_chans, bits=config.bits,
+    )  # fmt: skip
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    bar = tqdm(total=steps * batch_size, unit="img", desc=name, leave=False, disable=None if data.progress else True)
+    with bar:
+        for step in range(steps):
+            parts, labels = [], []
+            for _ in range(batch_size // part):
+                batch = next(batches)
+                parts.append(tokens(on_device(batch["image"], encoder, data.device)))
+                labels.append(batch["label"])
+                bar.update(len(batch["label"]))
+            seen, label = _joined(parts), torch.cat(labels).to(data.device)
+            losses = torch.stack([F.cross_entropy(head(seen), label) for head in heads.values()])
+            optimizer.zero_grad()
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate(step / steps)
+            optimizer.step()
+            if step % 100 == 0 or step == steps - 1:
+                bar.set_postfix(loss=f"{float(losses.detach().nanmean()):.3f}")
+    if not losses.isfinite().any():
+        raise EvaluationError(f"{name}: the loss is not finite with any head: lower the rates")
+
+
+def ranks_of_heads(
+    encoder: Encoder, tokens: Callable[[Tensor], Any], heads: Mapping[str, nn.Module], data: ImageData, name: str
+) -> dict[str, Ints]:
+    """Rank of the true class of the test images for each head, {name: [t]}; last where its scores are not finite."""
+    config = encoder.config
+    loader = evaluation_loader(
+        data.test, crop_size=config.image_size, resize=config.resize, batch_size=data.batch_size, workers=data.workers,
+        pin_memory=data.device.startswith("cuda"), channels=config.in_chans, bits=config.bits, rows=data.test_rows,
+    )  # fmt: skip
+    place = {key: i for i, key in enumerate(data.test_key)}
+    ranks = {head: np.full(len(place), data.classes, np.int64) for head in heads}
+    bar = tqdm(total=loader.num_images, unit="img", desc=name, leave=False, disable=None if data.progress else True)
+    with bar, torch.no_grad():
+        for batch in loader:
+            rows = np.array([place[key] for key in batch["key"]])
+            seen = tokens(on_device(batch["image"], encoder, data.device))
+            for head, module in heads.items():
+                logits = module(seen).float().cpu().numpy()
+                fine = np.isfinite(logits).all(axis=1)
+                ranks[head][rows] = np.where(fine, rank_of_truth(logits, data.test_label[rows]), data.classes)
+            bar.update(len(rows))
+    return ranks
+
+
+def frozen(function: Callable[[Tensor], Any], data: ImageData) -> Callable[[Tensor], Any]:
+    """The same without gradients, in the precision that was asked for, and float32 out of it."""
+
+    def tokens(images: Tensor) -> Any:
+        kind = torch.device(data.device).type
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=data.precision == "bfloat16"):
+            return _floats(function(images))
+
+    return tokens
+
+
+def cosine(progress: float) -> float:
+    """1 at the beginning, 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def on_device(images: Tensor, encoder: Encoder, device: str) -> Tensor:
+    """Images in 0..255 as the encoder takes them, on the device."""
+    return normalize(images.to(device, non_blocking=True), encoder.config.mean, encoder.config.std)
+
+
+def _floats(found: Any) -> Any:
+    if isinstance(found, Tensor):
+        return found.float()
+    parts = [_floats(each) for each in found]
+    return type(found)(*parts) if hasattr(found, "_fields") else parts
+
+
+def _joined(parts: list[Any]) -> Any:
+    """What `tokens` gave for the parts of a batch, as for the whole: tensors, or tuples and lists of them."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    joined = [_joined(list(each)) for each in zip(*parts, strict=True)]
+    return type(parts[0])(*joined) if hasattr(parts[0], "_fields") else joined

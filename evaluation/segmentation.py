@@ -1,0 +1,162 @@
+"""A linear probe on patch tokens for dense labels: which class each pixel belongs to, scored by mean IoU.
+
+Oquab et al. 2023 (arXiv:2304.07193, section 7.4, "linear"): BatchNorm and one 1 x 1 convolution on the frozen patch
+tokens of the last block, logits stretched bilinearly to the pixels; AdamW, batch 16, 40,000 steps, polynomial decay.
+
+Axes: b = images, c = channels, s = side of the crop, k = classes, t = test images.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datamodules.manifest import load_manifest
+from datamodules.mask_set import IGNORE, MaskBatches, mask_classes
+from evaluation.bootstrap import percentile_interval, resampled_sums
+from evaluation.errors import EvaluationError
+from evaluation.frozen_heads import frozen, on_device
+from evaluation.image_data import ImageData
+from tasks.encoders import Encoder
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """How the probe is trained.
+
+    Args:
+        steps: of the optimiser.
+        batch_size: images in a step.
+        rate: of AdamW, at its peak; it falls linearly to 0 after the warm-up.
+        weight_decay: of the convolution.
+        warmup_steps: in which the rate rises from 0.
+        classes: in the masks; 0: as found in some of them.
+    """
+
+    steps: int = 40_000
+    batch_size: int = 16
+    rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_steps: int = 1500
+    classes: int = 0
+
+    def check(self) -> None:
+        """EvaluationError for what cannot be trained."""
+        if min(self.steps, self.batch_size) < 1 or self.rate <= 0 or not 0 <= self.classes <= IGNORE:
+            raise EvaluationError("segmentation needs steps, batch_size and rate above 0, and classes up to 255")
+
+
+def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, config: Segmentation, seed: int) -> Any:
+    """{"miou", "interval", "pixel_accuracy", "per_class", "majority_miou", "images"} in percent.
+
+    The interval is a bootstrap over test images; `majority_miou` is that of the most frequent class everywhere.
+
+    Args:
+        encoder: whose patches lie in a grid.
+        train, test: folders of shards with masks.
+        data: device, workers and precision.
+        config, seed: of the training.
+
+    Raises:
+        EvaluationError, DataError: no masks, one class only, or an encoder that cannot be used.
+    """
+    config.check()
+    about = encoder.config
+    encoder = encoder.to(data.device).eval()
+    cut: dict[str, Any] = {
+        "crop_size": about.image_size, "resize": about.resize, "channels": about.in_chans, "bits": about.bits
+    }  # fmt: skip
+    learn = MaskBatches(train, batch_size=config.batch_size, seed=seed, **cut)
+    classes = config.classes or mask_classes(load_manifest(train))
+    if classes < 2:
+        raise EvaluationError("segmentation: the masks of train have one class only")
+    tokens = frozen(lambda images: encoder(images).patches, data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Sequential(nn.BatchNorm2d(encoder.width), nn.Conv2d(encoder.width, classes, 1)).to(data.device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.rate, weight_decay=config.weight_decay)
+    on_accelerator = data.device.startswith("cuda")
+    with tqdm(total=config.steps, unit="step", desc="segmentation", leave=False,
+              disable=None if data.progress else True) as bar:  # fmt: skip
+        for step, batch in enumerate(learn.batches(config.steps, data.workers, on_accelerator)):
+            mask = batch["mask"].to(data.device)
+            _check_mask(mask, classes)
+            logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
+            loss = F.cross_entropy(logits, mask, ignore_index=IGNORE)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            warm = min(1.0, (step + 1) / max(1, min(config.warmup_steps, config.steps // 10)))
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate * warm * (1 - step / config.steps)
+            optimizer.step()
+            bar.update()
+    head.eval()
+    found: list[Doubles] = []
+    scored = MaskBatches(test, batch_size=config.batch_size, **cut)
+    with torch.no_grad():
+        for batch in scored.batches(workers=data.workers, on_accelerator=on_accelerator):
+            mask = batch["mask"].to(data.device)
+            _check_mask(mask, classes)
+            logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
+            found += [_counts(p, m, classes) for p, m in zip(logits.argmax(1), mask, strict=True)]
+    if not found:
+        raise EvaluationError("segmentation: no test image has a mask of its size")
+    return _result(np.stack(found), seed)
+
+
+def _logits(head: nn.Module, patches: Tensor, encoder: Encoder, mask: Tensor) -> Tensor:
+    """[b n d] -> [b k s s]."""
+    rows, columns = encoder.grid
+    if patches.shape[1] != rows * columns:
+        rows = columns = round(patches.shape[1] ** 0.5)
+    grid = patches.transpose(1, 2).reshape(len(patches), -1, rows, columns)
+    return F.interpolate(head(grid), mask.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _check_mask(mask: Tensor, classes: int) -> None:
+    known = mask[mask != IGNORE]
+    if len(known) and (int(known.max()) >= classes or int(known.min()) < 0):
+        raise EvaluationError(
+            f"segmentation: a mask has class {int(known.max())}, but {classes} were expected: say how many with "
+            "--set segmentation.classes=N"
+        )
+
+
+def _counts(predicted: Tensor, mask: Tensor, classes: int) -> Doubles:
+    """Pixels of one image: right, predicted and true ones of each class [3k]."""
+    known = mask != IGNORE
+    p, m = predicted[known], mask[known]
+    parts = [torch.bincount(each, minlength=classes) for each in (m[p == m], p, m)]
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def _miou(sums: Doubles) -> Doubles:
+    """Mean over the classes that occur of |right| / |predicted or true|, in percent; sums [r 3k] -> [r]."""
+    right, predicted, true = np.split(sums, 3, axis=1)
+    union = predicted + true - right
+    with np.errstate(invalid="ignore"):
+        return np.asarray(100 * np.nanmean(np.where(union > 0, right / union, np.nan), axis=1))
+
+
+def _result(counts: Doubles, seed: int) -> dict[str, Any]:
+    """From pixels of each image [t 3k]."""
+    total = counts.sum(0)
+    right, predicted, true = np.split(total, 3)
+    union = predicted + true - right
+    all_one = np.where(true == true.max(), true.max() / true.sum(), 0.0)[true > 0]
+    return {
+        "miou": float(_miou(total[None])[0]),
+        "interval": percentile_interval(_miou(resampled_sums(counts, seed))),
+        "pixel_accuracy": 100 * float(right.sum() / true.sum()),
+        "per_class": [100 * float(r / u) if u else None for r, u in zip(right, union, strict=True)],
+        "majority_miou": 100 * float(all_one.mean()),
+        "images": len(counts),
+    }

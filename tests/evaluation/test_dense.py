@@ -1,0 +1,177 @@
+"""Segmentation and localisation on drawn images, whose masks are known."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules.errors import DataError
+from datamodules.manifest import load_manifest
+from datamodules.mask_set import MaskBatches, mask_classes
+from datamodules.shard_writer import ShardWriter
+from datamodules.whole_images import WholeImages
+from evaluation.boxes import read_boxes
+from evaluation.errors import EvaluationError
+from evaluation.image_data import ImageData
+from evaluation.localisation import Localisation, attention_box, iou, localisation
+from evaluation.segmentation import Segmentation, _counts, _result, segmentation
+from tasks.encoders import Encoder
+from tests.evaluation.conftest import CONFIG
+
+NONE = np.zeros(0, np.int64)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_masked(folder: Path, count: int, seed: int, value: int = 1) -> Path:
+    """A bright rectangle on dark noise, and its mask; every tenth mask has a strip that is ignored."""
+    rng = np.random.default_rng(seed)
+    with ShardWriter(folder, samples_per_shard=20) as writer:
+        for i in range(count):
+            top, left = 4 * rng.integers(0, 3), 4 * rng.integers(0, 3)
+            pixels, mask = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8), np.zeros((16, 16), np.uint8)
+            pixels[top : top + 8, left : left + 8] += 180
+            mask[top : top + 8, left : left + 8] = value
+            if i % 10 == 0:
+                mask[0] = 255
+            writer.write(f"{i:04d}", {"png": png(pixels), "mask.png": png(mask)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("masked")
+    write_masked(root / "train", 60, seed=0)
+    write_masked(root / "test", 30, seed=1)
+    return root
+
+
+def data_of(test: Path) -> ImageData:
+    return ImageData(test, NONE, (), NONE, test, NONE, (), NONE, 0, workers=0, batch_size=16, progress=False)
+
+
+def encoder_of(seed: int = 0) -> Encoder:
+    torch.manual_seed(seed)
+    return Encoder(CONFIG).eval()
+
+
+def test_masks_are_cut_and_mirrored_with_their_images(masked: Path) -> None:
+    for seed in (None, 3):
+        batches = MaskBatches(masked / "train", crop_size=12, resize=24, batch_size=60, seed=seed)
+        batch = next(batches.batches(workers=0))
+        bright = batch["image"].float().mean(1) > 120
+        known = batch["mask"] != 255
+        assert batch["mask"].shape == (60, 12, 12)
+        assert (bright == (batch["mask"] == 1))[known].float().mean() > 0.95
+    assert batch["key"] != sorted(batch["key"])
+    assert mask_classes(load_manifest(masked / "train")) == 2
+
+
+def test_a_linear_layer_finds_bright_patches_and_repeats(masked: Path) -> None:
+    config = Segmentation(steps=60, batch_size=10, rate=1e-2)
+    found = segmentation(encoder_of(), masked / "train", masked / "test", data_of(masked / "test"), config, seed=0)
+    assert found["miou"] > found["majority_miou"] + 20 and found["images"] == 30
+    assert found["interval"][0] < found["miou"] < found["interval"][1]
+    assert len(found["per_class"]) == 2 and found["miou"] == pytest.approx(np.mean(found["per_class"]))
+    again = segmentation(encoder_of(), masked / "train", masked / "test", data_of(masked / "test"), config, seed=0)
+    assert again == found
+
+
+def test_mean_iou_by_hand() -> None:
+    predicted, mask = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[0, 1], [0, 255]])
+    counts = _counts(predicted, mask, 3)
+    assert counts.tolist() == [1, 1, 0, 1, 2, 0, 2, 1, 0]
+    found = _result(np.stack([counts, counts]), seed=0)
+    assert found["miou"] == pytest.approx(50) and found["per_class"] == pytest.approx([50, 50, None])
+    assert found["pixel_accuracy"] == pytest.approx(200 / 3)
+    assert found["majority_miou"] == pytest.approx(100 / 3)
+
+
+def test_what_cannot_be_segmented_is_one_line(masked: Path, world: Path, tmp_path: Path) -> None:
+    test, few = masked / "test", Segmentation(steps=2, batch_size=4)
+    with pytest.raises(DataError, match="has no masks"):
+        segmentation(encoder_of(), world / "train", test, data_of(test), few, 0)
+    with pytest.raises(EvaluationError, match="one class only"):
+        segmentation(encoder_of(), write_masked(tmp_path / "empty", 8, 0, value=0), test, data_of(test), few, 0)
+    more = write_masked(tmp_path / "more", 8, 0, value=7)
+    with pytest.raises(EvaluationError, match=r"a mask has class 7, but 2 were expected: .*segmentation.classes=N"):
+        segmentation(encoder_of(), masked / "train", more, data_of(more), few, 0)
+    with pytest.raises(EvaluationError, match="segmentation needs steps"):
+        segmentation(encoder_of(), test, test, data_of(test), Segmentation(steps=0), 0)
+
+
+def test_a_box_around_the_largest_region() -> None:
+    weights = torch.zeros(4, 4)
+    weights[0, 0] = 3.0
+    weights[1:3, 2:4] = 2.0
+    assert attention_box(weights, 0.9).tolist() == [0.5, 0.25, 1.0, 0.75]
+    assert attention_box(weights, 0.1).tolist() == [0, 0, 0.25, 0.25]
+    assert iou(np.array([0, 0, 1, 1.0]), np.array([[0, 0, 1, 1], [0.5, 0, 1.5, 1], [2, 2, 3, 3]])).tolist() == (
+        pytest.approx([1, 1 / 3, 0])
+    )
+
+
+def test_localisation_against_masks_and_a_table(masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = masked / "test"
+
+    class Looks:
+        """Attention where the image is bright, in every layer and head."""
+
+        def __init__(self, _: Encoder, images: torch.Tensor) -> None:
+            shares = torch.nn.functional.avg_pool2d((images.float().mean(1, keepdim=True) > 120).float(), 4)
+            self.weights = shares[None]
+
+    monkeypatch.setattr("evaluation.localisation.class_attention", Looks)
+    found = localisation(encoder_of(), test, data_of(test), Localisation(mass=0.99))
+    assert found["corloc"] == found["pointing"] == 100 and found["images"] == 30
+    assert found["whole_image"] == 0 and found["mean_iou"] > 90
+    rows = ["file\tx0\ty0\tx1\ty1", "0003.png\t0\t0\t1\t1", "0004.png\t0\t0\t16\t16", "no such.png\t0\t0\t1\t1"]
+    (tmp_path / "boxes.tsv").write_text("\n".join(rows))
+    told = localisation(encoder_of(), test, data_of(test), Localisation(boxes=str(tmp_path / "boxes.tsv")))
+    assert told["images"] == 2 and told["whole_image"] == 50
+
+
+def test_attention_of_a_real_encoder_is_scored(masked: Path) -> None:
+    found = localisation(encoder_of(), masked / "test", data_of(masked / "test"), Localisation())
+    assert found["images"] == 30 and 0 <= found["corloc"] <= 100
+    assert found["interval"][0] <= found["corloc"] <= found["interval"][1]
+    with pytest.raises(EvaluationError, match="no class token"):
+        bare = Encoder(replace(CONFIG, class_token=False)).eval()
+        localisation(bare, masked / "test", data_of(masked / "test"), Localisation())
+
+
+def test_boxes_that_cannot_be_used_are_one_line(masked: Path, world: Path, tmp_path: Path) -> None:
+    keys = ["a.tar/n01/cat_1", "a.tar/n02/cat_1", "a.tar/n01/dog_2"]
+    table = tmp_path / "boxes.csv"
+
+    def told(text: str) -> dict[str, np.ndarray]:
+        table.write_text(text)
+        return read_boxes(str(table), keys)
+
+    head = "file,x0,y0,x1,y1\n"
+    found = told(head + "dog_2.JPEG,0,1,5,6\nn02/cat_1.JPEG,1,1,2,2\nn02/cat_1.JPEG,3,3,4,4\ncat_1.png,0,0,1,1\n")
+    assert {key: len(boxes) for key, boxes in found.items()} == {keys[2]: 1, keys[1]: 2}
+    for text, message in (
+        ("", "has no rows"),
+        ("file,x0\na,1\n", "not the columns"),
+        (head + "dog_2.png,a,1,2,3\n", "line 2: a box"),
+        (head + "dog_2.png,3,1,2,3\n", "x0 must be below"),
+        (head + "x.png,1,1,2,3\n", "no row of"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            told(text)
+    with pytest.raises(EvaluationError, match="cannot read the boxes"):
+        read_boxes(str(tmp_path / "none.tsv"), keys)
+    with pytest.raises(EvaluationError, match="found no boxes"):
+        localisation(encoder_of(), world / "test", data_of(world / "test"), Localisation())
+    with pytest.raises(EvaluationError, match="is a share"):
+        Localisation(mass=0.0).check()
+    assert len(WholeImages(world / "test", side=16, batch_size=16)) == 4

@@ -1,0 +1,188 @@
+"""The probes that train small heads on a frozen encoder, in seconds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from datamodules.errors import DataError
+from datamodules.labelled_batches import labelled_batches, shuffled
+from datamodules.manifest import load_manifest
+from datamodules.recipes import MAERecipe
+from evaluation.attentive import Attentive, AttentiveHead, attentive
+from evaluation.errors import EvaluationError
+from evaluation.features import extract
+from evaluation.frozen_heads import cosine
+from evaluation.image_data import ImageData, rows_of
+from evaluation.labels import match_labels
+from evaluation.linear_mae import LinearMAE, lars, linear_mae, warmup_cosine
+from evaluation.linear_paper import LinearPaper, linear_paper
+from evaluation.ranks import top
+from tasks.block_tokens import last_block_tokens
+from tasks.encoder_files import load_encoder
+from tasks.encoders import Encoder
+from tasks.errors import TaskError
+from tests.evaluation.conftest import CONFIG, write_images
+
+
+def data_of(train: Path, test: Path, encoder: Encoder, **more: object) -> ImageData:
+    seen, scored = (extract(encoder, root, device="cpu", workers=0, progress=False) for root in (train, test))
+    label, classes = match_labels(seen.classes, seen.label, scored.classes, scored.label)
+    return ImageData(
+        train, rows_of(train, seen.key), seen.key, seen.label, test, rows_of(test, scored.key), scored.key, label,
+        len(classes), workers=0, batch_size=48, progress=False, **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def world_data(world: Path, cache: Path, encoder_file: Path) -> ImageData:
+    return data_of(world / "train", world / "test", load_encoder(encoder_file))
+
+
+def test_order_is_a_permutation_that_stays_within_windows() -> None:
+    counts = np.array([4] * 10)
+    rows = np.arange(40)
+    order = shuffled(rows, counts, seed=3, epoch=0, window=2)
+    assert sorted(order) == list(range(40)) and order.tolist() != list(range(40))
+    for start in range(0, 40, 8):
+        assert len(set(order[start : start + 8] // 4)) == 2, "two shards are read together"
+    assert np.array_equal(order, shuffled(rows, counts, seed=3, epoch=0, window=2))
+    assert not np.array_equal(order, shuffled(rows, counts, seed=3, epoch=1, window=2))
+    some = np.array([1, 5, 17, 33])
+    assert sorted(shuffled(some, counts, seed=0, epoch=0)) == some.tolist()
+
+
+def test_batches_are_of_the_rows_with_their_labels_and_repeat(world: Path) -> None:
+    def take(workers: int) -> list[dict[str, torch.Tensor]]:
+        return list(labelled_batches(
+            world / "train", MAERecipe(16), rows=np.arange(0, 240, 6), batch_size=20, steps=3, seed=1, workers=workers
+        ))  # fmt: skip
+
+    first, second = take(0), take(1)
+    assert [batch["label"].tolist() for batch in first] == [[0] * 20] * 3, "every sixth image is of the first class"
+    assert first[0]["image"].shape == (20, 3, 16, 16)
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one["image"], two["image"])
+    assert not torch.equal(first[0]["image"], first[2]["image"]), "another epoch, other crops"
+    with pytest.raises(DataError, match="a batch of 41 images"):
+        next(labelled_batches(world / "train", MAERecipe(16), rows=np.arange(40), batch_size=41, steps=1, seed=0))
+
+
+def test_rows_are_found_when_some_images_are_bad(tmp_path: Path, cache: Path, encoder_file: Path) -> None:
+    root = write_images(tmp_path / "data", 90, bad=3)
+    found = extract(load_encoder(encoder_file), root, device="cpu", workers=0, progress=False)
+    assert np.array_equal(rows_of(root, found.key), np.arange(3, 90))
+    assert load_manifest(root).num_samples == 90
+
+
+def test_tokens_of_lower_blocks_are_those_that_the_blocks_give() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(replace(CONFIG, depth=3)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        tokens = last_block_tokens(encoder, images, 2)
+        whole = encoder(images)
+        encoder.trunk.blocks = encoder.trunk.blocks[:2]
+        lower = encoder(images)
+    assert len(tokens) == 2
+    assert torch.equal(tokens[1].prefix, whole.prefix) and torch.equal(tokens[1].patches, whole.patches)
+    assert torch.equal(tokens[0].prefix, lower.prefix) and torch.equal(tokens[0].patches, lower.patches)
+    with pytest.raises(TaskError, match="does not have 3 blocks"):
+        last_block_tokens(encoder, images, 3)
+
+
+def test_rates_rise_and_fall() -> None:
+    factor = warmup_cosine(0.1)
+    assert [factor(0.0), factor(0.05), factor(0.1), factor(1.0)] == pytest.approx([0, 0.5, 1, 0])
+    assert [cosine(0), cosine(0.5), cosine(1)] == pytest.approx([1, 0.5, 0])
+    assert warmup_cosine(0)(0.0) == 1
+
+
+def test_the_sweep_chooses_on_train_alone_and_repeats(world_data: ImageData, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    config = LinearPaper(rates=(1e-5, 1.0), steps=30, batch_size=48)
+    found = linear_paper(encoder, world_data, config)
+    assert len(found.held_out) == 2 * 2, "blocks 1 and 4 are the same with one block"
+    assert found.chosen_on == 24 and found.best == max(found.held_out, key=lambda name: found.held_out[name])
+    assert found.best.endswith("rate 1") and top(found.rank) > 60
+    again = linear_paper(encoder, world_data, config)
+    assert np.array_equal(found.rank, again.rank) and found.held_out == again.held_out
+    # With other test labels nothing else is chosen.
+    blind = replace(world_data, test_label=np.roll(world_data.test_label, 1))
+    assert linear_paper(encoder, blind, config).best == found.best
+
+
+def test_the_sweep_sees_the_mean_alone_without_a_class_token(world: Path, cache: Path) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(replace(CONFIG, class_token=False)).eval()
+    config = LinearPaper(rates=(1.0,), steps=2, batch_size=48)
+    found = linear_paper(encoder, data_of(world / "train", world / "test", encoder), config)
+    assert list(found.held_out) == ["mean patch, rate 1"]
+
+
+def test_the_linear_probe_of_mae_learns_with_a_batch_in_parts(world_data: ImageData, encoder_file: Path) -> None:
+    config = LinearMAE(epochs=40, warmup_epochs=4, base_rate=8.0, batch_size=96)
+    found = linear_mae(load_encoder(encoder_file), world_data, config)
+    assert (found.steps, found.batch_size) == (80, 96)
+    assert top(found.rank) > 60
+    with pytest.raises(EvaluationError, match="fewer warmup_epochs"):
+        linear_mae(load_encoder(encoder_file), world_data, LinearMAE(epochs=5))
+
+
+def test_lars_scales_the_matrix_by_its_length_and_the_bias_not() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 3)
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    optimizer = lars(linear, 2.0)
+    linear(torch.randn(4, 5)).square().sum().backward()
+    assert linear.weight.grad is not None and linear.bias.grad is not None
+    optimizer.step()
+    trust = 0.001 * weight.norm() / linear.weight.grad.norm()
+    torch.testing.assert_close(linear.weight.detach(), weight - 2.0 * trust * linear.weight.grad)
+    torch.testing.assert_close(linear.bias.detach(), bias - 2.0 * linear.bias.grad)
+
+
+def test_the_attentive_probe_learns_and_the_encoder_stays(world_data: ImageData, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    found = attentive(encoder, world_data, Attentive(rates=(1e-6, 1e-2), epochs=8, batch_size=54, head_width=8))
+    assert found.best == "rate 0.01" and found.steps == 32
+    assert top(found.rank) > 60
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_the_attentive_head_depends_on_every_token_but_not_on_their_order() -> None:
+    torch.manual_seed(0)
+    head = AttentiveHead(24, 6, head_width=10)
+    tokens = torch.randn(2, 9, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(head(tokens), head(tokens[:, torch.randperm(9)]))
+        changed = tokens.clone()
+        changed[:, 4] = torch.randn(24)
+        assert not torch.allclose(head(tokens), head(changed))
+
+
+def test_settings_that_cannot_be_trained_are_one_line(world_data: ImageData, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    for probe, config in ((linear_paper, LinearPaper(rates=())), (linear_paper, LinearPaper(held_out=0.0)),
+                          (attentive, Attentive(rates=(0.0,))), (attentive, Attentive(warmup=1.0))):  # fmt: skip
+        with pytest.raises(EvaluationError, match="needs rates"):
+            probe(encoder, world_data, config)  # type: ignore[operator]
+    alone = replace(world_data, train_rows=world_data.train_rows[:6], train_label=world_data.train_label[:6])
+    with pytest.raises(EvaluationError, match="two images of one"):
+        linear_paper(encoder, alone, LinearPaper())
+
+
+def test_heads_with_infinite_scores_are_last(world_data: ImageData, encoder_file: Path) -> None:
+    from evaluation.frozen_heads import frozen, ranks_of_heads
+
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(x), 6), torch.nan)
+
+    encoder = load_encoder(encoder_file)
+    ranks = ranks_of_heads(encoder, frozen(encoder.features, world_data), {"broken": Broken()}, world_data, "test")
+    assert (ranks["broken"] == 6).all()
