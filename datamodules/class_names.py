@@ -1,12 +1,14 @@
 """What classes are called: a user's table of names, since folders often carry codes such as WordNet's."""
 
 import csv
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from datamodules.errors import DataError
 from datamodules.tar_index import cannot_read
 
+_CODE = re.compile(r"n\d{8}")
 _NAME_COLUMNS = ("names", "name", "class_name", "label", "words", "text")
 
 
@@ -35,7 +37,7 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> list[list[str]
         for column in range(len(header)):
             names = {row[column]: row[named] for row in table if column != named}
             if set(classes) <= set(names):
-                return [_synonyms(names[name], path) for name in classes]
+                return [_synonyms(names[name], f"{path} gives {name} no name") for name in classes]
         missing = sorted(set(classes) - {cell for row in table for cell in row})
         raise DataError(
             f"{path} does not name {len(missing)} of {len(classes)} classes (first: {missing[0]})" if missing
@@ -46,11 +48,23 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> list[list[str]
             f"{path} has {len(rows)} lines for {len(classes)} classes: give one line of names for each class, or a "
             f"header with a column of classes and one called {' or '.join(_NAME_COLUMNS[:2])}"
         )
-    return [_synonyms(",".join(row), path) for row in rows]
+    pairs = zip(rows, classes, strict=True)
+    return [_synonyms(",".join(row), f"{path} gives {name} no name") for row, name in pairs]
 
 
-def _synonyms(cell: str, path: Path) -> list[str]:
+def refuse_codes(names: Iterable[Sequence[str]]) -> None:
+    """DataError when a class is called by its code in WordNet: nobody captions an image so."""
+    codes = [name for each in names for name in each if _CODE.fullmatch(name)]
+    if codes:
+        more = f" and {len(codes) - 5} more" if len(codes) > 5 else ""
+        raise DataError(
+            f"captions would name classes by codes of WordNet ({', '.join(codes[:5])}{more}): give a table of what "
+            "they are called (class_names, with a column of classes and one of names)"
+        )
+
+
+def _synonyms(cell: str, problem: str) -> list[str]:
     names = [name.strip() for name in cell.split(",") if name.strip()]
     if not names:
-        raise DataError(f"{path}: a class without a name")
+        raise DataError(problem)
     return names

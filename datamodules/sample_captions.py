@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from datamodules.class_names import read_class_names
+from datamodules.class_names import read_class_names, refuse_codes
 from datamodules.errors import DataError
 from datamodules.shard_reader import BadSampleError, ShardReader
 
@@ -53,6 +53,8 @@ class SampleCaptions:
         self.reader, self.config = reader, config
         if config.templates and not reader.manifest.classes:
             raise DataError(f"captions.templates need classes, but {reader.manifest.name} has no class names")
+        if config.templates:
+            refuse_codes(self._names)
 
     def all(self, shard: int, sample: int) -> list[str]:
         """At least one caption. BadSampleError when there is none, or it is no UTF-8 text or no JSON."""
@@ -69,11 +71,14 @@ class SampleCaptions:
         return captions
 
     @cached_property
+    def _names(self) -> list[list[str]]:
+        classes, table = self.reader.manifest.classes, self.config.class_names
+        return read_class_names(table, classes) if table else [[name.replace("_", " ")] for name in classes]
+
+    @cached_property
     def _of_class(self) -> list[list[str]]:
-        classes = self.reader.manifest.classes
-        table = self.config.class_names
-        names = read_class_names(table, classes) if table else [[name.replace("_", " ")] for name in classes]
-        return [[template.replace("{}", name) for template in self.config.templates for name in each] for each in names]
+        templates = self.config.templates
+        return [[template.replace("{}", name) for template in templates for name in each] for each in self._names]
 
     def _from_text(self, shard: int, sample: int) -> list[str]:
         data = self.reader.member(shard, sample, "txt")

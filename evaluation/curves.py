@@ -91,5 +91,7 @@ def _limits(name: str, each: Sequence[Curve]) -> tuple[float, float]:
         return 0.0, max(1.08 * float(values.max()), 0.1 if name == "train/data_wait" else 1e-12)
     low, high = float(min(np.percentile(values, 0.5), smoothed.min())), float(np.percentile(values, 97))
     high = max(high, *(float(curve.smooth[len(curve.smooth) // 33]) for curve in each))
+    if high == low == 0:  # a share of nothing, say: a line at the foot of a plain axis
+        return 0.0, 1.0
     pad = 0.06 * max(high - low, 1e-9 + 0.01 * abs(high))
     return low - pad, high + pad

@@ -57,6 +57,13 @@ NUMBERS = {
         "model.max_logit_scale",
     ),
     "train/effective_batch": Number("Effective batch", "pairs that are compared with each other, over all ranks"),
+    "train/caption_distinct": Number(
+        "Different captions", "share of a batch: 1 if no two are the same; images with the same one count as wrong for "
+        "each other",
+    ),
+    "train/caption_cut": Number(
+        "Captions cut", "share that is longer than model.text.context_length; what is beyond it is not learned from"
+    ),
 }  # fmt: skip
 
 

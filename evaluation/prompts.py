@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.class_names import read_class_names
+from datamodules.class_names import read_class_names, refuse_codes
 from evaluation.errors import EvaluationError
 
 PLAIN = ("a photo of a {}.",)
@@ -41,7 +41,7 @@ def make_prompts(
 
     Raises:
         EvaluationError: no classes, or templates that are none.
-        DataError: a table that does not name every class.
+        DataError: a table that does not name every class, or classes that have codes of WordNet for names.
     """
     if not classes:
         raise EvaluationError(
@@ -56,6 +56,7 @@ def make_prompts(
         names, told = [[IMAGENET_CLASSNAMES[place[code]]] for code in classes], "open_clip's ImageNet names"
     else:
         names, told = [[name.replace("_", " ")] for name in classes], "as in the data set"
+    refuse_codes(names)
     chosen = read_templates(templates)
     pairs = [(template.replace("{}", name), i) for i, each in enumerate(names) for name in each for template in chosen]
     called = tuple(each[0] for each in names)

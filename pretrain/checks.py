@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -61,7 +62,13 @@ def check(config: Namespace) -> None:
 
 
 def fill_in(config: Namespace) -> None:
-    """The encoder's input is what the data delivers: image size, channels, bits, mean and standard deviation."""
+    """The encoder's input is what the data delivers: image size, channels, bits, mean and standard deviation.
+
+    A table of class names is found from any folder, as evaluation and a resumed run will look for it.
+    """
+    captions = config.data.recipe.init_args.get("captions")
+    if captions is not None and captions.class_names:
+        captions.class_names = str(Path(captions.class_names).expanduser().resolve())
     encoder = config.model.init_args.encoder
     default = {f.name: f.default for f in fields(EncoderConfig)}
     crop = config.data.recipe.init_args.crop_size

@@ -24,6 +24,8 @@ def clip_health(image: Tensor, text: Tensor) -> dict[str, Tensor]:
     hardest_negative: mean over images of the largest cosine with another text (among those looked at; a text that
         reads the same counts as another).
 
+    Where a rank has one pair only, uniformity and hardest_negative, which need another, are left out.
+
     Args:
         image: of length 1, [b e].
         text: likewise, row i belongs to image i.
@@ -32,13 +34,14 @@ def clip_health(image: Tensor, text: Tensor) -> dict[str, Tensor]:
     cosines = image @ text.T
     positive = cosines.diagonal().mean()
     m = len(image)
+    gap = (image.mean(dim=0) - text.mean(dim=0)).norm()
+    health = {"alignment": 2 - 2 * positive, "modality_gap": gap, "positive_similarity": positive}
+    if m < 2:
+        return health
     others = torch.eye(m, dtype=torch.bool, device=image.device)
     hardest = cosines.masked_fill(others, -1).amax(dim=1).mean()
     spreads = [((x @ x.T - 1) * 4).masked_fill(others, -torch.inf).flatten().logsumexp(0) for x in (image, text)]
-    return {
-        "alignment": 2 - 2 * positive,
-        "uniformity": torch.stack(spreads).mean() - math.log(max(m * (m - 1), 1)),
-        "modality_gap": (image.mean(dim=0) - text.mean(dim=0)).norm(),
-        "positive_similarity": positive,
+    return health | {
+        "uniformity": torch.stack(spreads).mean() - math.log(m * (m - 1)),
         "hardest_negative": hardest,
     }

@@ -149,7 +149,7 @@ class CLIPTask(PretrainTask):
             take_clip(self.model, self.init_checkpoint)
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Counts empty and over-long captions and drops ids that change nothing, while the batch is on the host."""
+        """Counts over-long captions (empty ones are bad samples) and drops ids that change nothing, on the host."""
         ids, counts = self._cut(batch["text"])
         return {**batch, "text": trim(ids) if self.model.text.trimmable else ids, "captions": counts}
 
@@ -188,7 +188,7 @@ class CLIPTask(PretrainTask):
         return self.model.settings()
 
     def _cut(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ids [b t+1] of `tokenize`, or [b t] -> [b t], and the shares of captions that are empty, cut, or unlike."""
+        """Ids [b t+1] of `tokenize`, or [b t] -> [b t], and the shares of captions that are cut, or unlike."""
         tokenizer, vocab_size = self.model.text.tokenizer, self.model.text.trunk.vocab_size
         length, end = tokenizer.context_length, tokenizer.end_id
         if (largest := int(ids.max())) >= vocab_size:
@@ -200,10 +200,8 @@ class CLIPTask(PretrainTask):
             cut = (ids[:, length] == end) & (ids[:, length - 1] != end)
             ids = ids[:, :length].clone()
             ids[cut, length - 1] = end
-        empty = (ids == tokenizer([""])[:, : ids.shape[1]]).all(dim=1)
         distinct = len({row.tobytes() for row in ids.numpy()}) / len(ids)
-        counts = {"caption_empty": empty.float().mean(), "caption_cut": cut.float().mean()}
-        return ids, counts | {"caption_distinct": torch.tensor(distinct)}
+        return ids, {"caption_cut": cut.float().mean(), "caption_distinct": torch.tensor(distinct)}
 
 
 def clip_groups(parameters: list[Parameter], weight_decay: float) -> list[dict[str, Any]]:

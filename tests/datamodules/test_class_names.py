@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.class_names import read_class_names
+from datamodules.class_names import read_class_names, refuse_codes
 from datamodules.errors import DataError
 
 
@@ -29,7 +29,7 @@ def test_one_line_for_each_class(tmp_path):
         ("class\tname\na\tcat\n", "does not name 1 of 2 classes .first: b."),
         ("cat\n", "has 1 lines for 2 classes"),
         ("", "has 0 lines for 2 classes"),
-        ("class\tname\na\tcat\nb\t , \n", "a class without a name"),
+        ("class\tname\na\tcat\nb\t , \n", "gives b no name"),
     ],
 )
 def test_bad_tables(tmp_path, text, message):
@@ -43,3 +43,13 @@ def test_no_file_and_no_text(tmp_path):
     (tmp_path / "b.tsv").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="not UTF-8"):
         read_class_names(tmp_path / "b.tsv", ["a"])
+
+
+def test_codes_of_wordnet_are_no_names(tmp_path):
+    table = write(tmp_path, "wnid\tnames\nn01443537\tgoldfish\nn01742172\tn01742172\n")
+    names = read_class_names(table, ["n01443537", "n01742172"])
+    with pytest.raises(DataError, match=r"by codes of WordNet \(n01742172\): give a table"):
+        refuse_codes(names)
+    refuse_codes(names[:1])
+    with pytest.raises(DataError, match=r"n00000004 and 3 more\)"):
+        refuse_codes([[f"n{i:08d}"] for i in range(8)])

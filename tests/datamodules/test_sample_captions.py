@@ -138,3 +138,11 @@ def test_a_pair_without_its_other_half_is_replaced_and_named(tmp_path):
     assert all(sample.reason.startswith("no caption") for sample in bad)
     for step in range(5):
         assert stream(manifest)[step]["caption"] == ["fine"] * 8
+
+
+def test_classes_that_have_codes_for_names_make_no_captions(tmp_path):
+    manifest = shards(tmp_path / "set", [{"cls": b"0"}, {"cls": b"1"}], ["n01443537", "n01742172"])
+    with pytest.raises(DataError, match=r"codes of WordNet \(n01443537, n01742172\)"):
+        captions(manifest, templates=("a {}",))
+    (tmp_path / "names.tsv").write_text("wnid\tnames\nn01443537\tgoldfish\nn01742172\tboa\n")
+    assert captions(manifest, 1, templates=("a {}",), class_names=str(tmp_path / "names.tsv")) == ["a boa"]

@@ -71,3 +71,15 @@ def test_names_cannot_break_out_of_the_drawing(run: Run) -> None:
     evil = replace(run, name='"><script>x</script>')
     svg = draw_curves("train/loss", curves([evil])["train/loss"], [evil.name])
     assert "<script>" not in svg
+
+
+def test_a_column_of_zeros_has_a_plain_axis(run: Run) -> None:
+    """Not one of 1e-10 with its exponent; one of equal numbers keeps those in the middle."""
+    steps = np.arange(20.0)
+    run = replace(
+        run, metrics={"step": steps, "train/caption_cut": np.zeros(20), "train/effective_batch": steps * 0 + 64}
+    )
+    drawn = {name: draw_curves(name, each, [run.name]) for name, each in curves([run]).items()}
+    labels = {name: re.findall(r">([-\d.,e]+)</text>", svg) for name, svg in drawn.items()}
+    assert labels["train/caption_cut"][-6:] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+    assert min(map(float, labels["train/effective_batch"][-3:])) > 63

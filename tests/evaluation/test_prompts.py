@@ -48,3 +48,8 @@ def test_classes_without_names(tmp_path):
     with pytest.raises(DataError, match="does not name 1 of 2"):
         make_prompts(["a", "b"], class_names=str(tmp_path / "names.tsv"))
     assert isinstance(make_prompts(["a"]).classes, np.ndarray)
+
+
+def test_codes_are_no_prompts():
+    with pytest.raises(DataError, match=r"codes of WordNet \(n01443537\): give a table"):
+        make_prompts(["n01443537", "cat"])

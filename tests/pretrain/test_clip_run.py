@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 
+from datamodules.manifest import load_manifest
 from pretrain.cli import main
 from tasks.clip_files import load_clip
 from tasks.tokenizer import train_bpe
@@ -34,7 +35,7 @@ def test_micro_batches_keep_every_negative(drawn: Path, tmp_path: Path) -> None:
     whole, parts = rows(tmp_path / "16"), rows(tmp_path / "4")
     assert [row["train/loss"] for row in parts] == pytest.approx([row["train/loss"] for row in whole], rel=1e-4)
     assert all(row["train/effective_batch"] == 16 for row in parts)
-    assert {row["train/caption_empty"] for row in parts} == {0}
+    assert all(0 < row["train/caption_distinct"] <= 1 and 0 <= row["train/caption_cut"] <= 1 for row in parts)
     assert parts[0]["train/logit_scale"] == pytest.approx(1 / 0.07)
     assert [row["train/lr"] for row in parts[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
 
@@ -73,3 +74,28 @@ def test_mistakes_are_one_line(
     said = capsys.readouterr().err.strip().splitlines()
     assert words in said[-1] and "Traceback" not in "".join(said)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_table_of_names_is_found_from_other_folders(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    classes = load_manifest(drawn).classes
+    Path("names.tsv").write_text("class\tname\n" + "".join(f"{name}\tmy {name}\n" for name in classes))
+    recipe = ["--data.recipe.captions.templates", "['a {}']", "--data.recipe.captions.class_names"]
+    run = [
+        *SMALL,
+        "--data.train",
+        drawn,
+        "--output",
+        tmp_path / "run",
+        "--allow_changes",
+        "[trainer.max_steps]",
+        *recipe,
+    ]
+    assert pretrain(*run, "names.tsv", "--trainer.max_steps", 3) == 0
+    assert f"class_names: {tmp_path}/here/names.tsv" in (tmp_path / "run/config.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert pretrain("--config", tmp_path / "run/config.yaml", "--trainer.max_steps", 4) == 0
+    assert pretrain(*run, "here/names.tsv", "--trainer.max_steps", 5) == 0

@@ -127,7 +127,6 @@ def test_token_ids(golden: Golden) -> None:
     for text, length in zip(texts, lengths, strict=True):
         _, counts = task._cut(task.tokenize([text]))
         assert counts["caption_cut"] == (length > golden.config["context_length"]), text
-        assert counts["caption_empty"] == (length == 2), text
 
 
 @pytest.mark.golden("clip_zero_shot")

@@ -27,3 +27,11 @@ def test_shuffled_pairs_have_their_match_as_hardest_negative() -> None:
     health = clip_health(vectors.bfloat16(), vectors.roll(1, dims=0))
     assert health["positive_similarity"] == 0 and health["hardest_negative"] == pytest.approx(255 / 256)
     assert all(value.isfinite() and value.ndim == 0 for value in health.values())
+
+
+def test_one_pair_has_no_other_to_be_told_from() -> None:
+    vector = F.normalize(torch.ones(1, 4), dim=1)
+    health = clip_health(vector, vector)
+    assert set(health) == {"alignment", "modality_gap", "positive_similarity"}
+    assert health["alignment"] == pytest.approx(0, abs=1e-6) and health["modality_gap"] == 0
+    assert all(value.isfinite() for value in clip_health(vector.repeat(2, 1), vector.repeat(2, 1)).values())
