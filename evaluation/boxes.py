@@ -20,7 +20,7 @@ def read_boxes(path: str, keys: Iterable[str]) -> dict[str, Doubles]:
     """Boxes [a 4] (x0, y0, x1, y1) of those of the keys "SHARD/KEY" that the table names, by key.
 
     A row belongs to the key that ends in its file, without the extension; a file name alone will do where no two keys
-    share it.
+    share it. Boxes without an area are passed over.
 
     Raises:
         EvaluationError: no such file, other columns, no number, or not one row that belongs to a key.
@@ -47,8 +47,10 @@ def read_boxes(path: str, keys: Iterable[str]) -> dict[str, Doubles]:
             box = [float(row[column]) for column in COLUMNS[1:]]
         except (TypeError, ValueError) as error:
             raise EvaluationError(f"{path}, line {number}: a box is four numbers") from error
-        if not (box[0] < box[2] and box[1] < box[3]):
+        if not (box[0] <= box[2] and box[1] <= box[3]):
             raise EvaluationError(f"{path}, line {number}: x0 must be below x1, y0 below y1")
+        if box[0] == box[2] or box[1] == box[3]:
+            continue
         found.setdefault(named[0], []).append(box)
     if not found:
         raise EvaluationError(f"no row of {path} names an image of the test data: `file` must be its file's name")

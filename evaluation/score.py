@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from datamodules.console import table
+from datamodules.manifest import load_manifest
 from datamodules.open_shards import open_shards
 from datamodules.remote import is_remote
 from datamodules.sidecars import cannot_write, write_aside
@@ -171,8 +172,12 @@ def evaluate(
     if dense:
         from evaluation.score_images import score_dense
 
-        given = {"train": train} if train is not None else {}
-        about = shared | {name: {"path": shown(path)} for name, path in (given | {"test": test}).items()}
+        given = {"train": (train, train_root), "test": (test, test_root)}
+        about = shared | {
+            name: {"path": shown(path), "hash": load_manifest(root).hash}
+            for name, (path, root) in given.items()
+            if path is not None and root is not None
+        }
         found = score_dense(
             dense, encoder, train_root, test_root, settings, about, floors=floors, batch_size=batch_size,
             workers=workers, precision=precision, progress=progress,

@@ -141,10 +141,12 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate = _command(commands, "evaluate", _evaluate, "score an encoder with probes")
     evaluate.add_argument("source", metavar="RUN_OR_CHECKPOINT")
     evaluate.add_argument("--train", metavar="DIR", help="labelled tars or class folders to learn from (knn, linear)")
-    evaluate.add_argument("--test", required=True, metavar="DIR", help="labelled tars or class folders to score on")
+    evaluate.add_argument("--test", metavar="DIR", help="labelled tars or class folders to score on")
+    evaluate.add_argument(
+        "--suite", metavar="FILE", help="instead of --train, --test and --probes: a YAML or TSV that names tasks"
+    )
     evaluate.add_argument(
         "--probes",
-        default="knn,linear",
         help="comma-separated: knn,linear (default), few_shot, label_free, attributes, linear_paper, linear_mae, "
         "attentive, finetune, corruptions, segmentation, localisation; for a CLIP also zeroshot, retrieval",
     )
@@ -302,22 +304,31 @@ def _pretrain(_: argparse.Namespace, rest: list[str]) -> int | None:
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
     from evaluation.probe_options import with_options
     from evaluation.probes import ProbeSettings
+
+    settings = with_options(ProbeSettings(), arguments.options)
+    how = {name: getattr(arguments, name) for name in ("output", "pool", "image_size", "precision")}
+    if arguments.suite is not None:
+        from evaluation.score_suite import evaluate_suite
+
+        of_tasks = ("train", "test", "probes", "templates", "class_names", "class_fields", "captions")
+        if given := [name for name in of_tasks if getattr(arguments, name) is not None]:
+            arguments.parser.error(f"--{given[0].replace('_', '-')} is for one task: the file of --suite says it")
+        return 1 if evaluate_suite(arguments.source, arguments.suite, settings=settings, **how).get("failed") else 0
+    if arguments.test is None:
+        arguments.parser.error("give --test, or --suite")
     from evaluation.together import evaluate_together
 
     evaluate_together(
         arguments.source,
         train=arguments.train,
         test=arguments.test,
-        probes=tuple(name.strip() for name in arguments.probes.split(",")),
-        output=arguments.output,
-        settings=with_options(ProbeSettings(), arguments.options),
+        probes=tuple(name.strip() for name in (arguments.probes or "knn,linear").split(",")),
+        settings=settings,
         templates=arguments.templates,
         class_names=arguments.class_names,
-        captions=arguments.captions,
-        pool=arguments.pool,
-        image_size=arguments.image_size,
-        precision=arguments.precision,
         class_fields=arguments.class_fields and [name.strip() for name in arguments.class_fields.split(",")],
+        captions=arguments.captions,
+        **how,
     )
     return 0
 

@@ -157,7 +157,8 @@ def test_boxes_that_cannot_be_used_are_one_line(masked: Path, world: Path, tmp_p
         return read_boxes(str(table), keys)
 
     head = "file,x0,y0,x1,y1\n"
-    found = told(head + "dog_2.JPEG,0,1,5,6\nn02/cat_1.JPEG,1,1,2,2\nn02/cat_1.JPEG,3,3,4,4\ncat_1.png,0,0,1,1\n")
+    found = told(head + "dog_2.JPEG,0,1,5,6\nn02/cat_1.JPEG,1,1,2,2\nn02/cat_1.JPEG,3,3,4,4\ncat_1.png,0,0,1,1\n"
+                 "dog_2.png,3,0,3,5\n")  # fmt: skip
     assert {key: len(boxes) for key, boxes in found.items()} == {keys[2]: 1, keys[1]: 2}
     for text, message in (
         ("", "has no rows"),

@@ -1,0 +1,102 @@
+"""`trivit evaluate RUN --suite FILE`: every task of a suite, each with its own results.json, and one table of them."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datamodules.console import table, tell
+from datamodules.errors import DataError
+from datamodules.open_shards import open_shards
+from evaluation.errors import EvaluationError
+from evaluation.features import assist
+from evaluation.probe_options import with_options
+from evaluation.probes import ProbeSettings
+from evaluation.ranks import one_decimal
+from evaluation.score import evaluate, merge, results_file
+from evaluation.suite import METRICS, Task, metric_of, read_suite
+from evaluation.team import gather_team
+from tasks.encoder_files import checkpoint_hash
+from tasks.errors import TaskError
+
+
+def evaluate_suite(
+    source: str | os.PathLike[str], suite: str, *, output: str | os.PathLike[str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Score an encoder on all tasks of a suite; under torchrun all processes extract features.
+
+    A task that cannot be scored is told and left out. What a task found goes to `suites/SUITE/TASK/results.json` beside
+    the results.json of `output` (or of the run), which gets "suite:SUITE".
+
+    Args:
+        source: as for `evaluate`.
+        suite: a file, or the name of a shipped one, see `read_suite`.
+        output: a folder; None: the run.
+        options: as for `evaluate`, the same for all tasks.
+
+    Returns:
+        {"mean": of the tasks' metrics, "of": {task: {"metric", "value", "interval"}}, "failed": {task: why},
+        "protocol": ...}; {} on all but the first process.
+
+    Raises:
+        EvaluationError: the suite cannot be read, or nowhere to write. TaskError: no such encoder.
+    """
+    name, tasks = read_suite(suite)
+    place = results_file(source, output)
+    if place is None:
+        raise EvaluationError(f"the results of {source} have no place: give --output")
+    checkpoint = checkpoint_hash(str(source))
+    with gather_team() as team:
+        if team.rank:
+            for data in {path for task in tasks for path in (task.train, task.test) if path}:
+                with contextlib.suppress(DataError):  # which the first process tells
+                    open_shards(data)
+            assist(team)
+            return {}
+        found: dict[str, Any] = {}
+        failed: dict[str, str] = {}
+        for number, task in enumerate(tasks, start=1):
+            tell(f"{name}, task {number} of {len(tasks)}: {task.name}")
+            folder = place.parent / "suites" / name / task.name
+            try:
+                found[task.name] = _score(source, task, folder, {**options, "team": team})
+            except (EvaluationError, DataError, TaskError) as error:
+                failed[task.name] = " ".join(str(error).split())
+                tell(f"{task.name} could not be scored: {failed[task.name]}")
+    result = {
+        "mean": float(np.mean([each["value"] for each in found.values()])) if found else None,
+        "of": found,
+        "failed": failed,
+        "protocol": {"checkpoint": checkpoint, "suite": name, "tasks": [task.name for task in tasks],
+                     "mean": "over the tasks that were scored"},
+    }  # fmt: skip
+    merge(place, {f"suite:{name}": result})
+    print(suite_table(name, result))
+    print(f"results: {place}")
+    return result
+
+
+def suite_table(name: str, result: dict[str, Any]) -> str:
+    """The tasks, their metrics and values, for the terminal."""
+    rows = [
+        [task, each["metric"], one_decimal(each["value"]),
+         " to ".join(map(one_decimal, each["interval"])) if each["interval"] else ""]
+        for task, each in result["of"].items()
+    ]  # fmt: skip
+    rows += [[task, "not scored", "", ""] for task in result["failed"]]
+    if result["mean"] is not None:
+        rows.append([f"mean of {len(result['of'])}", "", one_decimal(result["mean"]), ""])
+    return "\n" + table([name, "metric", "%", "95% interval"], rows) + "\n"
+
+
+def _score(source: str | os.PathLike[str], task: Task, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    settings = with_options(options.pop("settings", None) or ProbeSettings(), task.set)
+    results = evaluate(
+        source, train=task.train, test=task.test, probes=task.probes, output=folder, settings=settings,
+        templates=task.templates, class_names=task.class_names, captions=task.captions, **options,
+    )  # fmt: skip
+    probe, _, number = task.number.partition(".")
+    interval = results[probe].get("interval") if number == METRICS[probe] else None
+    return {"metric": task.number, "value": metric_of(results, task.number), "interval": interval}

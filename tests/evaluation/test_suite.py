@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.errors import EvaluationError
+from evaluation.suite import SHIPPED, Task, metric_of, read_suite
+from pretrain.cli import main
+from tests.evaluation.conftest import CLASSES, make_run, write_images
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+def test_shipped_suites_are_read_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIVIT_DATA", "/data")
+    found, tasks = read_suite(name)
+    assert found == name and tasks
+    for task in tasks:
+        assert task.test.startswith("/data/") and "$" not in str(task.train)
+    monkeypatch.delenv("TRIVIT_DATA")
+    with pytest.raises(EvaluationError, match="set the environment variable TRIVIT_DATA"):
+        read_suite(name)
+
+
+def test_yaml_and_tsv_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "tasks:\n"
+        "  - {name: one, train: t, test: v, probes: [knn, linear], metric: linear.mean_per_class, set: [ks=5]}\n"
+        "  - {name: two, test: w}\n"
+    )
+    (tmp_path / "a.tsv").write_text(
+        "name\ttrain\ttest\tprobes\tmetric\tset\none\tt\tv\tknn,linear\tlinear.mean_per_class\tks=5\ntwo\t\tw\t\t\t\n"
+    )
+    tasks = [
+        Task("one", "v", "t", ("knn", "linear"), "linear.mean_per_class", set=("ks=5",)),
+        Task("two", "w", None, ("zeroshot",)),
+    ]
+    assert read_suite(str(tmp_path / "a.yaml")) == ("a", tasks) == read_suite(str(tmp_path / "a.tsv"))
+    assert tasks[1].number == "zeroshot.top1"
+    results = {"knn": {"by_k": {"5": 12.5}}, "retrieval": {"image_to_text": {"recall@1": 3}}}
+    assert metric_of(results, "knn.by_k.5") == 12.5 and metric_of(results, "retrieval.image_to_text.recall@1") == 3
+    with pytest.raises(EvaluationError, match=r"no number knn\.top1"):
+        metric_of(results, "knn.top1")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tasks: [", "is not YAML"),
+        ("[1, 2]", "a suite is `tasks:`"),
+        ("tasks: []", "names no task"),
+        ("tasks: [{name: a, test: b, trian: c}]", "task 1: there is no trian, but name"),
+        ("tasks: [{name: a}]", "task 1: test is missing"),
+        ("tasks: [{name: a b, test: c}]", "may have letters"),
+        ("tasks: [{name: a, test: b, probes: knm}]", "unknown probe 'knm'"),
+        ("tasks: [{name: a, test: b, probes: 3}]", "probes must be texts"),
+        ("tasks: [{name: a, test: b, metric: knn.top1}]", "is of none of its probes"),
+        ("tasks: [{name: a, test: b, set: kz=3}]", "there is no kz"),
+        ("tasks: [{name: a, test: b}, {name: a, test: c}]", "two tasks are called a"),
+        ("tasks: [{name: a, test: 5}]", "test is missing"),
+        ("tasks: [{name: a, test: b, templates: [c]}]", "templates must be a text"),
+    ],
+)
+def test_mistakes_are_one_line(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(EvaluationError, match=told):
+        read_suite(str(tmp_path / "bad.yaml"))
+
+
+def test_no_such_suite_names_the_shipped_ones() -> None:
+    with pytest.raises(EvaluationError, match="give a file, or one of drawn, imagenet1k"):
+        read_suite("imagenet2k")
+
+
+def test_a_run_is_scored_on_all_tasks_and_what_fails_is_told(
+    world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WHERE", str(world))
+    other = write_images(tmp_path / "other", 20, classes=(*CLASSES[:4], "gnu"), seed=3)
+    run = make_run(tmp_path / "run", train=world / "train")
+    (tmp_path / "mine.yaml").write_text(
+        "tasks:\n"
+        "  - {name: near, train: $WHERE/train, test: $WHERE/test, probes: knn}\n"
+        "  - {name: fair, train: $WHERE/train, test: $WHERE/test, probes: [knn], metric: knn.mean_per_class,\n"
+        "     set: [ks=5]}\n"
+        f"  - {{name: gone, train: $WHERE/train, test: {other}, probes: knn}}\n"
+    )
+    assert main(["evaluate", str(run), "--suite", str(tmp_path / "mine.yaml")]) == 1, "one task was not scored"
+    told = capsys.readouterr()
+    assert "gone could not be scored: test classes without any train image: gnu" in told.err
+    found = json.loads((run / "results.json").read_text())
+    assert set(found) == {"suite:mine"}, "the run's own scores are another matter"
+    suite = found["suite:mine"]
+    assert set(suite["of"]) == {"near", "fair"} and set(suite["failed"]) == {"gone"}
+    assert suite["mean"] == pytest.approx((suite["of"]["near"]["value"] + suite["of"]["fair"]["value"]) / 2)
+    near = json.loads((run / "suites" / "mine" / "near" / "results.json").read_text())
+    assert (
+        near["knn"]["top1"] == suite["of"]["near"]["value"]
+        and near["knn"]["interval"] == suite["of"]["near"]["interval"]
+    )
+    fair = json.loads((run / "suites" / "mine" / "fair" / "results.json").read_text())
+    assert fair["knn"]["protocol"]["ks"] == [5] and suite["of"]["fair"]["interval"] is None
+    assert "mean of 2" in told.out and "not scored" in told.out
+    assert main(["report", str(run)]) == 0
+
+    for wrong, line in ((["--test", "x"], "--test is for one task"), (["--probes", "knn"], "--probes is for one")):
+        with pytest.raises(SystemExit) as exit_code:
+            main(["evaluate", str(run), "--suite", str(tmp_path / "mine.yaml"), *wrong])
+        assert exit_code.value.code == 2 and line in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run)])
+    assert "give --test, or --suite" in capsys.readouterr().err
