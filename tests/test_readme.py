@@ -35,6 +35,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(130):
         Image.effect_noise((72, 80), 20 + i).save(desk / "more" / f"another {i}.png")
         np.save(desk / "cells" / f"{i}.npy", np.random.default_rng(i).integers(0, 1 << 16, (70, 66, 2), np.uint16))
+    for part in ("train", "test"):
+        (desk / "pairs" / part).mkdir(parents=True)
+        for i in range(130):
+            Image.effect_noise((60, 64), 30 + i).convert("RGB").save(desk / "pairs" / part / f"{i}.jpg")
+            (desk / "pairs" / part / f"{i}.txt").write_text(f"noise of {part} number {i}")
     rows = "".join(f"more/another {i}.png,number {i}\n" for i in range(130))
     (desk / "pictures.csv").write_text(f"file,words\n{rows}")
     for part, seed in (("train", 0), ("test", 1)):
