@@ -13,10 +13,14 @@ MOST_NAMES = 40
 
 
 class Confusions(NamedTuple):
-    """The most frequent mistakes (true class, taken for, images), and the whole matrix as SVG, empty without one."""
+    """The most frequent mistakes (true class, taken for, images), and the whole matrix as SVG, empty without one.
+
+    `classes`: top-1 in percent of each class and, where the matrix tells, its images; the worst first.
+    """
 
     pairs: list[tuple[str, str, int]]
     picture: Any
+    classes: list[tuple[str, float, int | None]]
 
 
 def confusions(run: Run) -> Confusions:
@@ -26,7 +30,10 @@ def confusions(run: Run) -> Confusions:
     found = run.results["zeroshot"]
     pairs = [(str(true), str(taken), int(count)) for true, taken, count in found.get("confusions", [])[:MOST_PAIRS]]
     matrix = found.get("confusion")
-    return Confusions(pairs, Markup("" if matrix is None else draw_confusion(np.array(matrix), list(found["classes"]))))
+    picture = Markup("" if matrix is None else draw_confusion(np.array(matrix), list(found["classes"])))
+    images = {} if matrix is None else dict(zip(found["classes"], map(sum, matrix), strict=True))
+    classes = [(str(name), float(top1), images.get(name)) for name, top1 in found.get("per_class", {}).items()]
+    return Confusions(pairs, picture, sorted(classes, key=lambda each: each[1]))
 
 
 def draw_confusion(matrix: NDArray[np.int64], classes: list[str]) -> str:

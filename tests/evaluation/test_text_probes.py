@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -120,6 +121,10 @@ def test_the_report_shows_zero_shot_beside_chance_and_what_is_mistaken(
     page = report([run]).read_text()
     assert "Zero-shot: what is taken for what" in page and "confusion of classes" in page and ">Chance<" in page
     assert f"Zero-shot: {found['top1']:.1f}% of the test images" in page and "above chance (25.0)" in page
+    table = page[page.index("Top-1 of each of the 4 classes, the worst first") :].partition("</details>")[0]
+    cells = re.findall(r"<tr><td>(\w+)</td><td>([\d.]+)</td><td>20</td></tr>", table)
+    assert {name: float(top1) for name, top1 in cells} == found["per_class"]
+    assert [float(top1) for _, top1 in cells] == sorted(found["per_class"].values())
 
 
 def test_the_report_shows_what_finds_what(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
