@@ -16,7 +16,7 @@ TITLES = {
     "train/loss": "Training loss",
     "train/lr": "Learning rate",
     "train/images_per_second": "Images per second",
-    "train/data_wait": "Time spent waiting for data",
+    "train/mfu": "Model FLOPs utilisation",
     "train/grad_norm": "Gradient norm",
     **{name: number.title for name, number in NUMBERS.items()},
 }
@@ -40,6 +40,7 @@ def curves(runs: Sequence[Run]) -> dict[str, list[Curve]]:
     """Column -> a curve of each run that has it; well-known columns first, the others by name."""
     known = [name for name in TITLES if any(name in run.metrics for run in runs)]
     others = sorted({name for run in runs for name in run.metrics} - set(TITLES) - NOT_DRAWN)
+    others = [name for name in others if not name.startswith("time/")]  # one bar says more: see `time_shares`
     found = {name: [_curve(run, name) for run in runs if name in run.metrics] for name in (*known, *others)}
     drawable = {name: [curve for curve in each if len(curve.x) > 1] for name, each in found.items()}
     return {name: each for name, each in drawable.items() if each}
@@ -77,7 +78,7 @@ def draw_curves(name: str, each: Sequence[Curve], order: Sequence[str]) -> str:
         axes.locator_params(axis="both", nbins=5)
         if max(float(curve.x.max()) for curve in each) >= 1000:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        if name == "train/data_wait":
+        if name == "train/mfu":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         last = "; ".join(f"{curve.run} ends at {curve.smooth[-1]:.4g}" for curve in each)
         return to_svg(drawing, escape(f"{title} over optimiser steps. {last}"))
@@ -87,8 +88,8 @@ def _limits(name: str, each: Sequence[Curve]) -> tuple[float, float]:
     """Speed and shares start at 0; a first few huge values do not flatten the rest of a loss or a norm."""
     values = np.concatenate([curve.y for curve in each])
     smoothed = np.concatenate([curve.smooth for curve in each])
-    if name in ("train/images_per_second", "train/lr", "train/data_wait"):
-        return 0.0, max(1.08 * float(values.max()), 0.1 if name == "train/data_wait" else 1e-12)
+    if name in ("train/images_per_second", "train/lr", "train/mfu"):
+        return 0.0, max(1.08 * float(values.max()), 1e-12)
     low, high = float(min(np.percentile(values, 0.5), smoothed.min())), float(np.percentile(values, 97))
     high = max(high, *(float(curve.smooth[len(curve.smooth) // 33]) for curve in each))
     if high == low == 0:  # a share of nothing, say: a line at the foot of a plain axis

@@ -19,6 +19,7 @@ from evaluation.report_pictures import neighbour_section, reconstruction_section
 from evaluation.report_tables import bad_counts, differences, facts, outdated, protocols, score_table, test_set
 from evaluation.run_files import Run, read_run
 from evaluation.text_lines import retrieval_words
+from evaluation.time_shares import bottleneck, draw_time_shares
 from evaluation.verdict import judge
 
 RECONSTRUCTIONS, INSIDE, QUERIES = 9, 6, 8
@@ -87,6 +88,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         attributes=[(run, rows, attribute_sentences(rows)) for run in runs if (rows := attribute_rows(run.results))],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
         panels=[panel for name, panel in drawn.items() if name not in NUMBERS],
+        times=[(run, told.sentence, Markup(draw_time_shares(run))) for run in runs if (told := bottleneck(run))],
         reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],
         inside=[inside_sections(run, INSIDE if single else INSIDE_OF_SEVERAL, test_data) for run in runs],
         confused=[(run, confusions(run)) for run in runs if "zeroshot" in run.results],

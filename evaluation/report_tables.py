@@ -27,7 +27,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
             found.append(("training time", duration(metrics["seconds"][-1])))
         for name, label, form in (
             ("train/images_per_second", "images per second", "{:,.0f}"),
-            ("train/data_wait", "waiting for data", "{:.1%}"),
+            ("time/data", "waiting for data", "{:.1%}"),
         ):
             if len(metrics.get(name, ())) and np.isfinite(metrics[name]).any():
                 found.append((label, form.format(float(np.nanmedian(metrics[name])))))

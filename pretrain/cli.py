@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_tokenizer(commands)
     _add_slurm(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -241,6 +242,20 @@ def _add_slurm(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_options(submit)
 
 
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from pretrain.doctor_options import add_options
+
+    doctor = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "what is here, what a run will need, what is wrong with it; what is not listed here is of trivit pretrain",
+    )
+    doctor.set_defaults(takes_rest=True)
+    doctor.allow_abbrev = False
+    add_options(doctor)
+
+
 def _synth(arguments: argparse.Namespace, _: list[str]) -> int | None:
     from datamodules.synth import synth
 
@@ -347,6 +362,12 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> int | None:
     print(arguments.output)
     print(f"reloaded: largest difference {done.difference:.1e} of {done.what}")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int | None:
+    from pretrain.doctor import doctor
+
+    return doctor(arguments, rest)
 
 
 def _train_tokenizer(arguments: argparse.Namespace, _: list[str]) -> int | None:

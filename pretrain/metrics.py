@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from evaluation.run_files import read_rows
 from pretrain.cut_back import cut_back
@@ -40,6 +41,7 @@ class Metrics(Callback):
         self.phases = phases
         self.guard = guard
         self.stop = stop
+        self.peak: float | None = None  # images/s of one device whose arithmetic never waits
         self.newest: dict[str, float] = {}
         self.extra: dict[str, float] = {}
         self._seconds = 0.0  # training time before this process and up to the last row
@@ -54,6 +56,7 @@ class Metrics(Callback):
         """Cut the file back to the step that training goes on from."""
         self._clock_step = trainer.global_step
         self._since = time.perf_counter()
+        self.phases.begin(trainer.strategy.root_device)
         if trainer.is_global_zero:
             with self._failures_told():
                 cut_back(self.path, trainer.global_step)
@@ -90,8 +93,11 @@ class Metrics(Callback):
         values["train/lr"] = float(pl_module.lr_now)  # type: ignore[arg-type]
         if self.guard.grad_norm is not None:
             values["train/grad_norm"] = float(self.guard.grad_norm)
-        values["train/images_per_second"] = (step - self._clock_step) * data.global_batch_size / elapsed
-        values["train/data_wait"] = min(1.0, self.phases.take("data") / elapsed)
+        rate = (step - self._clock_step) * data.global_batch_size / elapsed
+        values["train/images_per_second"] = rate
+        if self.peak is not None:
+            values["train/mfu"] = rate / trainer.world_size / self.peak
+        values |= self._shares(trainer)
         values["train/peak_memory"] = peak_memory(trainer.strategy.root_device)
         row = {"step": step, "epoch": step / data.steps_per_epoch, "seconds": self._seconds, **values, **self.extra}
         self.newest, self.extra = row, {}
@@ -103,6 +109,16 @@ class Metrics(Callback):
         self._sums = {}
         self._row_step = self._clock_step = step
         self._since = time.perf_counter()
+
+    def _shares(self, trainer: Trainer) -> dict[str, float]:
+        """Share of the time since the last row that each phase took; together they are 1."""
+        seconds: dict[str, float] = {str(phase): each for phase, each in self.phases.take().items()}
+        waiting = exposed_communication(trainer.strategy.model)
+        if waiting is not None:
+            seconds["communication"] = waiting * seconds["backward"]
+            seconds["backward"] -= seconds["communication"]
+        whole = sum(seconds.values()) or 1.0
+        return {f"time/{phase}": each / whole for phase, each in seconds.items()}
 
     def _append(self, row: dict[str, float]) -> None:
         if not set(row) <= set(self._columns):  # a column that appears late (a probe, say): write the file anew
@@ -142,6 +158,20 @@ class Metrics(Callback):
         state = checkpoint["metrics"]
         self._seconds, self._row_step = float(state["seconds"]), int(state["row_step"])
         self._sums = {name: total.to(trainer.strategy.root_device) for name, total in state["sums"].items()}
+
+
+def exposed_communication(model: Any) -> float | None:
+    """Share of the backward pass in which it only waits for gradients of other ranks; None: not DDP, or not known yet.
+
+    DDP times itself, in its first ten steps and then in every hundredth.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return None
+    told = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    if "backward_comm_time" not in told:
+        return None
+    alone = told["backward_comm_time"] - told["backward_compute_comm_overlap_time"]
+    return float(alone / max(1, alone + told["backward_compute_time"]))
 
 
 def peak_memory(device: torch.device) -> float:

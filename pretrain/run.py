@@ -26,6 +26,7 @@ from datamodules.shard_datamodule import ShardDataModule
 from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
+from pretrain.cost import peak_rate
 from pretrain.errors import Interrupted, RunError, RunFailure
 from pretrain.guard import FiniteGuard
 from pretrain.health_watch import HealthWatch
@@ -71,6 +72,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
     try:
         with vocabulary_of_the_run(directory.path, config):
             parts = instantiate(cli, config)
+            peak = peak_rate(cli, config) if launched_rank() == 0 else None
         data: ShardDataModule = parts.data
         task: PretrainTask = parts.model
         data.bad_samples_file = directory.bad_samples
@@ -81,6 +83,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
         watchdog = Watchdog(config.start_timeout, config.step_timeout)
         trainer, progress = _trainer(config, parts.trainer, directory, stop, (watchdog, *callbacks))
+        progress.metrics.peak = peak
         _lay_out(trainer, data, stop)
 
         resolved = plain(config)

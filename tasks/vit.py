@@ -48,7 +48,7 @@ class ViTBlock(Block):  # type: ignore[misc]
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(c)) v: [b h q c], [b h t c], [b h t c] -> [b h q c] (arXiv:1706.03762, Eq. 1)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and type(q) is Tensor:
         # The backward pass of torch's fused kernel is four to six times slower here than these two products.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         weights: Tensor = scores.float().softmax(-1).to(v.dtype)

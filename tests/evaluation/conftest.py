@@ -82,9 +82,7 @@ def make_run(folder: Path, *, train: Path, rows: int = 60, norm_pix_loss: bool =
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     rng = np.random.default_rng(seed)
-    lines = [
-        "step,epoch,seconds,train/loss,train/lr,train/images_per_second,train/data_wait,train/peak_memory,probe/extra"
-    ]
+    lines = ["step,epoch,seconds,train/loss,train/lr,train/images_per_second,time/data,train/peak_memory,probe/extra"]
     for i in range(1, rows + 1):
         loss = 0.6 + 0.5 * np.exp(-i / (rows / 3)) + rng.normal(0, 0.005)
         lines.append(f"{10 * i},{i / 3},{2 * i},{loss},{1e-3 / i},{500 + rng.normal(0, 9)},0.02,{1 + i / 100},{i % 7}")

@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_contract_names(
         "train/lr",
         "train/images_per_second",
         "train/grad_norm",
-        "train/data_wait",
+        "time/data",
         "train/peak_memory",
     } <= rows[0].keys()
     with_torch, here = 0.1, 64.0  # GiB

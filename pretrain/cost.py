@@ -1,0 +1,171 @@
+"""What a training step costs, before it is taken: FLOPs by torch's counter and memory, on tensors without data.
+
+The task of a config is built on the meta device and takes two steps with fake tensors, as Lightning would. So nothing
+is guessed: every operation is counted that a run does, of any encoder, and every tensor that it keeps.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from datamodules.recipes import Recipe
+from datamodules.shard_datamodule import Layout, ShardDataModule
+from pretrain.config import PretrainCLI, instantiate
+from pretrain.hardware import gpu_here
+from tasks.task import PretrainTask
+
+FEW = 4
+"""Images that tell the FLOPs of one: enough for KoLeo and BatchNorm."""
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
+WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of a micro-batch on one device, without sharding. Bytes; FLOPs are two for a multiply-accumulate."""
+
+    images: int
+    forward: int  # FLOPs, the teacher's among them
+    flops: int  # FLOPs forward and backward, nothing computed twice
+    weights: int  # parameters and buffers, a teacher's, too
+    trained: int  # number of parameters that get gradients
+    gradients: int
+    optimizer: int
+    activations: int  # the most that all other tensors take at once: inputs, kept for the way back, passing
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the worst moment, before an allocator's losses."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that operations have made and that are still held, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of this tensor until nobody holds it."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def step_cost(cli: PretrainCLI, config: Namespace, images: int) -> StepCost:
+    """Of `images` on one device, as the checked and filled-in config says; takes some seconds for a large encoder."""
+    precision = str(config.trainer.precision or "32-true")
+    with torch.device("meta"):
+        parts = instantiate(cli, config)
+    task: PretrainTask = parts.model.to(WEIGHTS.get(precision))
+    data: ShardDataModule = parts.data
+    task.trainer = _place(data, images)  # type: ignore[assignment]
+    batch = task.on_before_batch_transfer(_batch(task, data.recipe, data.channels, images), 0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        task.to_empty(device="cpu").train()
+        dtype = next(p.dtype for p in task.parameters())
+        batch = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+        batch = {k: v.to(dtype) if k in data.recipe.views else v for k, v in batch.items()}
+        optimizer = task.configure_optimizers()
+        live, counter = LiveBytes(), FlopCounterMode(display=False)
+        for tensor in (*task.parameters(), *task.buffers(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))):
+            live.add(tensor)
+        with live:
+            forward = _step(task, batch, optimizer, AUTOCAST.get(precision), counter)
+            _step(task, batch, optimizer, AUTOCAST.get(precision), None)  # gradients and moments of the first are there
+        trained = [p for p in task.parameters() if p.requires_grad]
+        weights = sum(_bytes(t) for t in (*task.parameters(), *task.buffers()))
+        gradients, moments = sum(_bytes(p) for p in trained), sum(map(_bytes, _moments(optimizer)))
+        return StepCost(
+            images, forward, counter.get_total_flops(), weights, sum(p.numel() for p in trained), gradients, moments,
+            live.most - weights - gradients - moments,
+        )  # fmt: skip
+
+
+def peak_rate(cli: PretrainCLI, config: Namespace) -> float | None:
+    """Images/s at which the GPU of this machine would do nothing but the arithmetic of training; None: not known."""
+    gpu = gpu_here()
+    if gpu is None:
+        return None
+    cost = step_cost(cli, config, FEW)
+    return gpu.tflops * 1e12 * cost.images / cost.flops
+
+
+def _step(
+    task: PretrainTask, batch: dict[str, Any], optimizer: Optimizer, dtype: torch.dtype | None,
+    counter: FlopCounterMode | None,
+) -> int:  # fmt: skip
+    """One optimiser step in Lightning's order; FLOPs of its forward pass."""
+    with counter or contextlib.nullcontext():
+        with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
+            loss = task.training_step(dict(batch), 0)["loss"]
+        forward = counter.get_total_flops() if counter else 0
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+    del loss
+    optimizer.step()
+    return forward
+
+
+def _place(data: ShardDataModule, images: int) -> SimpleNamespace:
+    """What a task asks of its Trainer, in the middle of a run."""
+    layout = Layout(images, images, 1)
+    stream = SimpleNamespace(
+        global_batch_size=images, steps_per_epoch=1000, seed=data.seed, layout=lambda world_size: layout
+    )
+    return SimpleNamespace(
+        global_step=500_000, max_steps=1_000_000, world_size=1, global_rank=0, accumulate_grad_batches=1,
+        datamodule=stream, precision_plugin=None,
+    )  # fmt: skip
+
+
+def _batch(task: PretrainTask, recipe: Recipe, channels: int, images: int) -> dict[str, Any]:
+    """A normalised batch of black images and the longest texts, on the host."""
+    one = recipe(iter([torch.zeros(channels, 1, 1, dtype=torch.uint8)]), np.zeros(1, np.int64))
+    batch: dict[str, Any] = {"rng": torch.arange(images)}
+    for name in recipe.views:
+        shape = list(one[name].shape)
+        shape[-4] = images
+        batch[name] = torch.zeros(1).expand(shape)
+    if task.tokenize is not None and recipe.captions is not None:
+        batch["text"] = task.tokenize(["a photo of a dog " * 200]).expand(images, -1)
+    return batch
+
+
+def _moments(optimizer: Optimizer) -> Iterator[Tensor]:
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,67 @@
+"""How long a run takes and how much of it is spent on communication, on hardware that need not be here.
+
+The formulas are in docs/scaling.md. They are a model: what they leave out is named there.
+"""
+
+from dataclasses import dataclass
+
+from pretrain.cost import StepCost
+from pretrain.hardware import GPU
+
+BACKWARD = 2 / 3
+"""Share of the computing in which gradients become ready, so that their exchange can hide behind it."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`nodes` of `gpus` equal GPUs; `network` is GB/s into a node in one direction, `mfu` a share."""
+
+    gpu: GPU
+    nodes: int
+    gpus: int
+    network: float
+    mfu: float
+
+    @property
+    def world_size(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimiser step. `exposed`: of the communication, what computing cannot hide."""
+
+    compute: float
+    communication: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        """Seconds from one step to the next."""
+        return self.compute + self.exposed
+
+    @property
+    def efficiency(self) -> float:
+        """Speed per GPU against a GPU alone."""
+        return self.compute / self.total
+
+
+def step_time(cost: StepCost, cluster: Cluster, rank_batch: int) -> StepTime:
+    """Of an optimiser step under DDP, with `rank_batch` images on each GPU.
+
+    A ring all-reduce moves 2 (W - 1) / W of the gradients through every link; the slowest decides. It starts as soon
+    as the backward pass has its first gradients.
+    """
+    compute = cost.flops / cost.images * rank_batch / (cluster.gpu.tflops * 1e12 * cluster.mfu)
+    world = cluster.world_size
+    # The ring enters each node once, so the GPUs of a node share its network, not divide it.
+    slowest = min(cluster.gpu.link, cluster.network) if cluster.nodes > 1 else cluster.gpu.link
+    communication = 2 * (world - 1) / world * cost.gradients / (slowest * 1e9)
+    return StepTime(compute, communication, max(0.0, communication - BACKWARD * compute))
+
+
+def largest_batch(small: StepCost, large: StepCost, room: int) -> int:
+    """The most images of a micro-batch whose step stays within `room` bytes, by the line through two sizes; or 0."""
+    each = (large.memory - small.memory) / (large.images - small.images)
+    return max(0, int((room - large.memory) / each + large.images))

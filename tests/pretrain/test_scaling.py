@@ -1,0 +1,36 @@
+import pytest
+
+from pretrain.cost import StepCost
+from pretrain.hardware import GPU
+from pretrain.scaling import Cluster, largest_batch, step_time
+
+COST = StepCost(images=10, forward=10 * 10**9, flops=30 * 10**9, weights=0, trained=0, gradients=10**9, optimizer=0,
+                activations=0)  # fmt: skip
+GPU_OF_100 = GPU(tflops=100, memory=80, link=400)
+
+
+def test_one_gpu_only_computes() -> None:
+    each = step_time(COST, Cluster(GPU_OF_100, nodes=1, gpus=1, network=25, mfu=0.5), rank_batch=100)
+    assert each.compute == pytest.approx(100 * 3e9 / 50e12)
+    assert (each.communication, each.exposed, each.efficiency) == (0, 0, 1)
+
+
+def test_the_slowest_link_decides_and_hides_behind_the_backward_pass() -> None:
+    near = step_time(COST, Cluster(GPU_OF_100, nodes=1, gpus=8, network=25, mfu=0.5), rank_batch=100)
+    far = step_time(COST, Cluster(GPU_OF_100, nodes=2, gpus=4, network=25, mfu=0.5), rank_batch=100)
+    assert near.communication == pytest.approx(2 * 7 / 8 * 1e9 / 400e9)
+    assert far.communication == pytest.approx(2 * 7 / 8 * 1e9 / 25e9)
+    assert near.exposed == pytest.approx(near.communication - 2 / 3 * 6e-3)
+    assert far.total == pytest.approx(6e-3 + far.communication - 4e-3)
+    assert far.efficiency == pytest.approx(6e-3 / far.total)
+    larger = step_time(COST, Cluster(GPU_OF_100, nodes=1, gpus=8, network=25, mfu=0.5), rank_batch=1000)
+    assert larger.exposed == 0 and larger.efficiency == 1
+
+
+def test_largest_batch_lies_on_the_line_through_two() -> None:
+    def holding(images: int) -> StepCost:
+        return StepCost(images, 1, 1, 1000, 1, 0, 0, activations=7 * images)
+
+    assert largest_batch(holding(4), holding(8), room=1000 + 7 * 100) == 100
+    assert largest_batch(holding(4), holding(8), room=1000 + 7 * 100 - 1) == 99
+    assert largest_batch(holding(4), holding(8), room=900) == 0
