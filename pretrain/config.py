@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from datamodules.errors import DataError
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.errors import RunError
+from pretrain.probe_config import ProbeConfig
 from tasks.encoder_config import EncoderConfig
 from tasks.errors import TaskError
 from tasks.task import PretrainTask
@@ -71,6 +72,9 @@ class PretrainCLI(LightningCLI):
         )
         parser.add_argument(
             "--wandb", type=Literal["online", "offline"] | None, default=None, help="also log to Weights & Biases"
+        )
+        parser.add_argument(
+            "--probe", type=ProbeConfig | None, default=None, help="labelled images to probe the encoder on, on the way"
         )
         parser.add_argument(
             "--allow_changes", type=list[str], default=[], help="keys that may differ from the run being resumed"

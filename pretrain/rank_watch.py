@@ -35,6 +35,7 @@ class RankWatch(Callback):
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
+        self.share: float | None = None  # None: SHARE
         self.spent = 0.0  # seconds
         self._images: list[Tensor] = []
         self._source: Iterator[Tensor] | None = None
@@ -46,12 +47,23 @@ class RankWatch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The clock starts."""
         self._began, self._first_step = time.perf_counter(), trainer.global_step
+        self._source = self.images(trainer, pl_module.encoder_config)
+
+    def images(self, trainer: Trainer, config: Any) -> Iterator[Tensor]:
+        """The images [c h w], read one by one when asked for."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        config: Any = pl_module.encoder_config
-        self._source = first_images(
+        return first_images(
             data.order, data.manifest, IMAGES, crop_size=config.image_size, resize=config.resize,
             channels=config.in_chans, bits=config.bits,
         )  # fmt: skip
+
+    def score(self, features: Tensor) -> dict[str, float]:
+        """Columns and values from the features of all images [n d]."""
+        return {"rankme": rankme(features)}
+
+    def due(self, trainer: Trainer) -> bool:
+        """Whether this step is one to measure at, if there is time."""
+        return self.metrics.due(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,7 +73,7 @@ class RankWatch(Callback):
             return
         while self._source is not None and self._may_spend(0):
             self._timed(self._read)
-        if self._batch is None or not self.metrics.due(trainer):
+        if self._batch is None or not self.due(trainer):
             return
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()  # what is still queued is training
@@ -74,15 +86,15 @@ class RankWatch(Callback):
             per_image = a_step * trainer.world_size / trainer.datamodule.global_batch_size  # type: ignore[attr-defined]
             if not self._may_spend(per_image * min(_TRIAL, count)):
                 return
-            _, seconds = self._timed(lambda: self._measure(trainer, encoder, _TRIAL))
+            _, seconds = self._timed(lambda: self._measure(trainer, encoder, min(_TRIAL, count)))
             self._pass_seconds = seconds * count / min(_TRIAL, count)
         if self._batch is not None and self._may_spend(self._pass_seconds):
-            value, self._pass_seconds = self._timed(lambda: self._measure(trainer, encoder, count))
-            if value is not None:
-                self.metrics.extra["rankme"] = value
+            found, self._pass_seconds = self._timed(lambda: self._measure(trainer, encoder, count))
+            self.metrics.extra |= found or {}
 
     def _may_spend(self, seconds: float) -> bool:
-        return self.spent + seconds <= SHARE * (time.perf_counter() - self._began)
+        share = SHARE if self.share is None else self.share
+        return self.spent + seconds <= share * (time.perf_counter() - self._began)
 
     def _timed(self, action: Callable[[], Any]) -> tuple[Any, float]:
         start = time.perf_counter()
@@ -105,25 +117,25 @@ class RankWatch(Callback):
             self._batch = torch.stack(self._images)
         self._images = []
 
-    def _measure(self, trainer: Trainer, encoder: Any, count: int) -> float | None:
+    def _measure(self, trainer: Trainer, encoder: Any, count: int) -> dict[str, float] | None:
         """Of the first `count` images; None where there is no memory for it, and then never again."""
         assert self._batch is not None
         micro_batch = trainer.datamodule.layout(trainer.world_size).micro_batch  # type: ignore[attr-defined]
         config, device = encoder.config, trainer.strategy.root_device
         dtype = next(encoder.parameters()).dtype
         # Not inference_mode: what an encoder keeps for later (rotary tables) will be needed with gradients.
-        with torch.no_grad(), _evaluating(encoder):
+        with torch.no_grad(), evaluating(encoder):
             parts = self._batch[:count].split(micro_batch)  # type: ignore[no-untyped-call]
             try:
                 rows = [encoder.features(normalize(part.to(device), config.mean, config.std, dtype)) for part in parts]
             except torch.OutOfMemoryError:
                 self._batch = None
                 return None
-            return rankme(torch.cat(rows))
+            return self.score(torch.cat(rows)) if count == len(self._batch) else None
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, uncompiled, for a while: another batch size would have compiled blocks compiled anew.
 
     Parts of one module may be in different modes before (locked, BatchNorm).

@@ -33,6 +33,8 @@ from pretrain.health_watch import HealthWatch
 from pretrain.key_log import KeyLog
 from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
+from pretrain.probe_config import ProbeConfig
+from pretrain.probe_watch import ProbeWatch
 from pretrain.progress import Progress
 from pretrain.rank_watch import RankWatch
 from pretrain.run_directory import RunDirectory, launched_rank
@@ -139,8 +141,9 @@ def _trainer(
     metrics = Metrics(directory.metrics, config.log_every, phases, guard, stop)
     progress = Progress(metrics)
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
+    probe = [] if config.probe is None else [ProbeWatch(metrics, ProbeConfig(**vars(config.probe)))]
     callbacks = [
-        SameData(stop), guard, RankWatch(metrics), metrics, progress,
+        SameData(stop), guard, RankWatch(metrics), *probe, metrics, progress,
         HealthWatch(metrics, plain(config)), *([KeyLog(directory.samples, stop)] if config.log_keys else []),
         Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
     ]  # fmt: skip

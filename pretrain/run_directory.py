@@ -23,7 +23,7 @@ from pretrain.errors import RunError
 # is in the checkpoint.
 MAY_CHANGE = (
     "output", "allow_changes", "checkpoint_every", "log_every", "log_keys", "start_timeout", "step_timeout", "wandb",
-    "data.train", "model.text.tokenizer", "data.workers", "data.device_batch_size", "data.bad_sample_budget",
+    "probe", "data.train", "model.text.tokenizer", "data.workers", "data.device_batch_size", "data.bad_sample_budget",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark",
 )  # fmt: skip
 

@@ -96,7 +96,7 @@ def test_it_costs_less_than_its_share(drawn: Path, tmp_path: Path, monkeypatch: 
             clock[0] += 0.002
             super()._read()
 
-        def _measure(self, trainer: Trainer, encoder: Any, count: int) -> float | None:
+        def _measure(self, trainer: Trainer, encoder: Any, count: int) -> dict[str, float] | None:
             clock[0] += 0.01 * min(count, 96)
             return super()._measure(trainer, encoder, count)
 

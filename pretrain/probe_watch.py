@@ -1,0 +1,112 @@
+"""kNN accuracy of the encoder during training, on a small fixed set, for at most a stated share of the time."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from lightning.pytorch import Trainer
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datamodules.image_set import evaluation_loader
+from datamodules.manifest import load_manifest
+from datamodules.open_shards import open_shards
+from datamodules.shard_reader import BadSampleError, ShardReader
+from evaluation.errors import EvaluationError
+from evaluation.knn import knn_ranks
+from evaluation.labels import check_labelled, match_labels
+from evaluation.ranks import top
+from pretrain.errors import RunError
+from pretrain.metrics import Metrics
+from pretrain.probe_config import ProbeConfig
+from pretrain.rank_watch import RankWatch
+
+Ints = NDArray[np.int64]
+
+
+class ProbeWatch(RankWatch):
+    """Adds the column `probe/knn`, top-1 in percent, to rows of metrics.csv; else as RankWatch.
+
+    Args:
+        metrics: it stands behind this callback and writes the rows.
+        config: which images, and how much time.
+
+    Raises:
+        RunError, DataError: no such data, or classes that cannot be matched.
+    """
+
+    def __init__(self, metrics: Metrics, config: ProbeConfig) -> None:
+        config.check()
+        super().__init__(metrics)
+        self.config, self.share = config, config.share
+        self._sets = [
+            _Chosen.of(config.train, config.train_images), _Chosen.of(config.test, config.test_images)
+        ]  # fmt: skip
+        try:
+            check_labelled(self._sets[0].label, "train")
+            check_labelled(self._sets[1].label, "test")
+            self._matched(*(chosen.label for chosen in self._sets))
+        except EvaluationError as error:
+            raise RunError(f"probe: {error} (of the {config.train_images} train images: probe.train_images)") from error
+        self._label: list[list[int]] = [[], []]
+
+    def images(self, trainer: Trainer, config: Any) -> Iterator[Tensor]:
+        """Those of train, then those of test; their labels are remembered, since some may be bad."""
+        self._label = [[], []]
+        for label, chosen in zip(self._label, self._sets, strict=True):
+            loader = evaluation_loader(
+                chosen.root, crop_size=config.image_size, resize=config.resize, batch_size=1, workers=0,
+                rows=chosen.rows, channels=config.in_chans, bits=config.bits,
+            )  # fmt: skip
+            for batch in loader:
+                label.append(int(batch["label"][0]))
+                yield batch["image"][0]
+
+    def due(self, trainer: Trainer) -> bool:
+        """At every `every`-th step at which a row is written; without it at every row."""
+        every = self.config.every
+        return super().due(trainer) and (not every or trainer.global_step % every == 0)
+
+    def score(self, features: Tensor) -> dict[str, float]:
+        """Train features, then test features [n d]."""
+        train, test = (np.array(label, np.int64) for label in self._label)
+        try:
+            truth, classes = self._matched(train, test)
+        except EvaluationError:  # so many images have become unreadable; not worth a run
+            return {}
+        x = features.float().cpu().numpy()
+        if not np.isfinite(x).all():
+            return {"probe/knn": float("nan")}
+        k = min(self.config.k, len(train))
+        rank = knn_ranks(x[: len(train)], train, x[len(train) :], truth, classes=classes, ks=(k,))[k]
+        return {"probe/knn": top(rank)}
+
+    def _matched(self, train: Ints, test: Ints) -> tuple[Ints, int]:
+        """Labels of test in the numbering of train, and how many classes there are."""
+        label, names = match_labels(self._sets[0].classes, train, self._sets[1].classes, test)
+        return label, len(names)
+
+
+class _Chosen(NamedTuple):
+    """Numbers and labels of the images that are taken of a set."""
+
+    root: Path
+    rows: Ints
+    label: Ints
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, path: str, count: int) -> "_Chosen":
+        root = open_shards(path)
+        manifest = load_manifest(root)
+        reader, total = ShardReader(manifest), manifest.num_samples
+        rows = np.arange(min(count, total), dtype=np.int64) * total // min(count, total)
+        starts = np.cumsum(manifest.counts) - manifest.counts
+        shards = np.searchsorted(starts, rows, side="right") - 1
+        label = []
+        for shard, row in zip(shards.tolist(), rows.tolist(), strict=True):
+            with contextlib.suppress(BadSampleError):  # it will be left out
+                label.append(reader.label(shard, row - int(starts[shard])))
+        return cls(root, rows, np.array(label, np.int64), manifest.classes)
