@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from evaluation.health import Health, judge_health
 from evaluation.health_words import told
 from evaluation.run_files import Run, non_finite_step, read_metrics
+from evaluation.time_shares import bottleneck
 from pretrain.errors import NonFiniteError
 from pretrain.metrics import Metrics
 
@@ -65,6 +66,8 @@ class HealthWatch(Callback):
             run = self._now()
             numbers = [f"  {line}" for line in told(run)]
             _say("\n".join([f"verdict at step {run.step}: {judge_health(run).line}", *numbers]))
+            if limit := bottleneck(run):
+                _say(limit.sentence)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A run that ends with NaN has a verdict, too."""

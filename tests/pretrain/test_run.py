@@ -59,6 +59,9 @@ def test_a_run_leaves_what_the_contract_names(
         "time/data",
         "train/peak_memory",
     } <= rows[0].keys()
+    for row in rows:
+        assert sum(float(value) for name, value in row.items() if name.startswith("time/")) == pytest.approx(1)
+        assert float(row["time/backward"]) > 0 and float(row["time/data"]) > 0
     with_torch, here = 0.1, 64.0  # GiB
     peaks = [float(row["train/peak_memory"]) for row in rows]
     assert with_torch < peaks[0] and peaks == sorted(peaks) and peaks[-1] < here
@@ -356,6 +359,11 @@ def test_two_ranks_are_one_run(small: list[str], tmp_path: Path) -> None:
     assert "2 ranks x 8 x 1 accumulated" in done.stderr
     assert pretrain(*small, "--output", alone) == 0
     assert len(losses(run)) == 8
+    with (run / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    shares = {name: float(value) for name, value in last.items() if name.startswith("time/")}
+    assert sum(shares.values()) == pytest.approx(1) and 0 < shares["time/communication"] < 1
+    assert "Computing takes" in done.stderr
     for (_, two), (_, one) in zip(losses(run), losses(alone), strict=True):
         assert float(two) == pytest.approx(float(one), rel=1e-3)
     done = subprocess.run([*command[: command.index("--trainer.devices")], "--output", str(tmp_path / "wrong")],
