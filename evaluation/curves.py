@@ -18,6 +18,7 @@ TITLES = {
     "train/images_per_second": "Images per second",
     "train/mfu": "Model FLOPs utilisation",
     "train/grad_norm": "Gradient norm",
+    "probe/knn": "kNN on the probe's images, %",
     **{name: number.title for name, number in NUMBERS.items()},
 }
 NOT_DRAWN = {"step", "epoch", "seconds", "train/peak_memory"}  # the last is a number, among the facts

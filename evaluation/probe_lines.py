@@ -1,23 +1,40 @@
 """What the probes beside kNN and linear found, for the terminal: a line each, beside their floors."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaluation.ranks import one_decimal
 from evaluation.verdict import FLOORS
 
 
-def probe_lines(results: Mapping[str, Any]) -> list[str]:
-    """Lines for those of the probes that are in `results`."""
+class ProbeRow(NamedTuple):
+    """A probe, what it found in words, and the same of each floor."""
+
+    name: str
+    found: str
+    floors: tuple[str, ...]
+
+
+def probe_rows(results: Mapping[str, Any]) -> list[ProbeRow]:
+    """What those of the probes found that are in `results`, and of each suite its mean."""
     floors = results.get("floors", {})
-    lines = []
+    rows = []
     for name, told in LINES.items():
-        if name not in results:
-            continue
-        under = [f"{FLOORS[floor]} {told(each[name])}" for floor, each in floors.items() if name in each]
-        protocol = results[name]["protocol"]
-        lines.append(f"{name}: {told(results[name])}{_details(results[name], protocol)}")
-        lines += [f"  {'; '.join(under)}"] if under else []
+        if name in results:
+            under = tuple(f"{FLOORS[floor]} {told(each[name])}" for floor, each in floors.items() if name in each)
+            rows.append(ProbeRow(name, f"{told(results[name])}{_details(results[name])}", under))
+    for name, found in results.items():
+        if name.startswith("suite:"):
+            rows.append(ProbeRow(name.replace(":", " "), _suite(found), ()))
+    return rows
+
+
+def probe_lines(results: Mapping[str, Any]) -> list[str]:
+    """The same as lines."""
+    lines = []
+    for row in probe_rows(results):
+        lines.append(f"{row.name}: {row.found}")
+        lines += [f"  {'; '.join(row.floors)}"] if row.floors else []
     return lines
 
 
@@ -53,9 +70,15 @@ def _with_interval(found: Mapping[str, Any], key: str) -> str:
     return f"{one_decimal(found[key])}% ({one_decimal(low)} to {one_decimal(high)})"
 
 
-def _details(found: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+def _suite(found: Mapping[str, Any]) -> str:
+    tasks = ", ".join(f"{task} {one_decimal(each['value'])}%" for task, each in found["of"].items())
+    left_out = f"; not scored: {', '.join(found['failed'])}" if found["failed"] else ""
+    return (f"mean {one_decimal(found['mean'])}% ({tasks})" if found["of"] else "no task was scored") + left_out
+
+
+def _details(found: Mapping[str, Any]) -> str:
     if "by_labels" in found:
-        return f" ({protocol['draws']} draws of so many labels of each class, or share of train)"
+        return f" ({found['protocol']['draws']} draws of so many labels of each class, or share of train)"
     return ""
 
 

@@ -13,6 +13,7 @@ from evaluation.confusion import confusions
 from evaluation.curves import curves, draw_curves
 from evaluation.errors import EvaluationError
 from evaluation.health_words import NUMBERS, meaning_for
+from evaluation.probe_lines import probe_rows
 from evaluation.ranks import one_decimal
 from evaluation.report_inside import inside_sections
 from evaluation.report_pictures import neighbour_section, reconstruction_section, retrieval_section
@@ -85,6 +86,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         runs=runs,
         verdicts=[(run, judge(run), outdated(run), facts(run)) for run in runs],
         scores=score_table(runs),
+        further=[(run, found) for run in runs if (found := probe_rows(run.results))],
         attributes=[(run, rows, attribute_sentences(rows)) for run in runs if (rows := attribute_rows(run.results))],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
         panels=[panel for name, panel in drawn.items() if name not in NUMBERS],

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.probe_lines import probe_lines
+from evaluation.report import report
+from tests.evaluation.conftest import make_run
+
+RESULTS = {
+    "few_shot": {
+        "top1": 12.0, "interval": [10, 14], "protocol": {"draws": 5},
+        "by_labels": {"1": {"top1": 4.04}, "10%": {"top1": 12.0}},
+    },
+    "label_free": {"rankme": 25.04, "uniformity": -2.244, "purity": 6.0, "interval": [5, 7], "protocol": {}},
+    "corruptions": {
+        "top1": 9.1, "interval": [8, 10], "clean": 11.8, "protocol": {},
+        "by_kind": {"fog": [1, 2], "motion_blur": [1, 0]},
+    },
+    "segmentation": {"miou": 50.0, "interval": [49, 51], "majority_miou": 40.0, "protocol": {}},
+    "localisation": {"corloc": 30.0, "interval": [28, 32], "whole_image": 20.0, "protocol": {}},
+    "suite:mine": {"mean": 40.0, "of": {"a": {"value": 40.0}}, "failed": {"b": "no such data"}, "protocol": {}},
+    "floors": {
+        "untrained": {"segmentation": {"miou": 41.0, "interval": [40, 42], "majority_miou": 40.0, "protocol": {}}}
+    },
+}  # fmt: skip
+
+
+def test_a_line_for_each_probe_and_its_floors() -> None:
+    assert probe_lines(RESULTS) == [
+        "few_shot: 1: 4.0%, 10%: 12.0% (5 draws of so many labels of each class, or share of train)",
+        "label_free: RankMe 25.0, uniformity -2.24, purity 6.0%",
+        "corruptions: top-1 9.1% (8.0 to 10.0) of spoiled images, 11.8% of clean ones; worst: motion blur",
+        "segmentation: mean IoU 50.0% (49.0 to 51.0) (the most frequent class: 40.0%)",
+        "  the untrained encoder mean IoU 41.0% (40.0 to 42.0) (the most frequent class: 40.0%)",
+        "localisation: CorLoc 30.0% (28.0 to 32.0) (whole image: 20.0%)",
+        "suite mine: mean 40.0% (a 40.0%); not scored: b",
+    ]
+    assert probe_lines({"knn": {"top1": 1.0}}) == []
+
+
+def test_the_report_has_them(world: Path, tmp_path: Path, cache: Path) -> None:
+    run = make_run(tmp_path / "run", train=world / "train")
+    assert "Further probes" not in report([run]).read_text()
+    (run / "results.json").write_text(json.dumps(RESULTS))
+    page = report([run]).read_text()
+    assert "Further probes" in page and "CorLoc 30.0% (28.0 to 32.0)" in page
+    assert "<small>the untrained encoder mean IoU 41.0%" in page
+
+
+@pytest.mark.parametrize("failed", [{}, {"b": "gone"}])
+def test_a_suite_without_scores(failed: dict[str, str]) -> None:
+    (line,) = probe_lines({"suite:x": {"mean": None, "of": {}, "failed": failed}})
+    assert line.startswith("suite x: no task was scored")
