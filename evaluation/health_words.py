@@ -56,6 +56,9 @@ NUMBERS = {
         "Logit scale", "factor on the cosines (inverse temperature): it rises as the model gets surer, up to "
         "model.max_logit_scale",
     ),
+    "train/logit_bias": Number(
+        "Logit bias", "of SigLIP, added to every logit: it starts at -10, since nearly all pairs of a batch are wrong"
+    ),
     "train/effective_batch": Number("Effective batch", "pairs that are compared with each other, over all ranks"),
     "train/caption_distinct": Number(
         "Different captions", "share of a batch: 1 if no two are the same; images with the same one count as wrong for "

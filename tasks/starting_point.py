@@ -114,7 +114,9 @@ def encoder_differences(given: Encoder, own: Encoder) -> list[Difference]:
     theirs, ours = _described(given), _described(own)
     if theirs.keys() != ours.keys() or (own.config.timm_name is not None and _shape(theirs) != _shape(ours)):
         sides = given.config.arch, own.config.arch
-        return [Difference("arch", sides[0], sides[1], f"--model.encoder.arch {sides[0]}")]
+        sizes = ("width", "depth", "heads") if given.config.timm_name is not None else ()  # which its name tells
+        given_here = [f" --model.encoder.{name} null" for name in sizes if getattr(own.config, name) is not None]
+        return [Difference("arch", sides[0], sides[1], f"--model.encoder.arch {sides[0]}{''.join(given_here)}")]
     options: dict[str, Callable[[Any], str]] = {
         "in_chans": lambda value: f"--data.channels {value}",
         "mean": lambda value: f"--data.mean {_told(value)}",

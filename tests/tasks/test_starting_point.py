@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from tasks import load_encoder
 from tasks.clip import CLIP
+from tasks.dino import IBOTConfig
 from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import save_encoder
 from tasks.encoders import Encoder
@@ -108,6 +109,8 @@ def test_between_timm_and_our_own(file: Callable[[EncoderConfig], str]) -> None:
         with pytest.raises(TaskError, match=f"arch is {other.arch} there, timm:test_convnext here"):
             take_encoder(Encoder(convnext), file(other))
     take_encoder(Encoder(convnext), file(convnext))
+    with pytest.raises(TaskError, match=r"convnext --model\.encoder\.width null .*depth null .*heads null$"):
+        take_encoder(Encoder(VIT), file(convnext))
 
 
 def saved(task: Any, path: Path, runs: Any) -> str:
@@ -158,6 +161,14 @@ def test_a_whole_dino_is_the_same_or_refused(tmp_path: Path) -> None:
         with pytest.raises(TaskError, match="does not fit: ") as error:
             take_dino(task.model, task.model_settings(), source)
         assert str(error.value).endswith(f"To start from it set {options}"), change
+    task = dino_runs.tiny_task(TIMM)
+    about = {"objective": "dino", "encoder": asdict(TIMM), "model": task.model_settings()}
+    state = {f"model.{name}": value for name, value in task.model.state_dict().items()}
+    torch.save({"trivit": about, "state_dict": state}, tmp_path / "timm.ckpt")
+    take_dino(task.model, task.model_settings(), str(tmp_path / "timm.ckpt"))
+    ibot = dino_runs.tiny_task(ibot=IBOTConfig())
+    with pytest.raises(TaskError, match=r"ibot is null there, on, with the head of .* here.*ibot to null"):
+        take_dino(ibot.model, ibot.model_settings(), source)
     centreless = dino_runs.tiny_task(targets="sinkhorn")
     take_dino(centreless.model, centreless.model_settings(), source)
     source = saved(centreless, tmp_path / "centreless.ckpt", dino_runs)
