@@ -1,0 +1,87 @@
+"""A MAE training step, as a run takes it, against a plain PyTorch rendering of the original loop (`mae_plain`).
+
+Same sizes, images (synthetic), masks and schedules, float32, one thread; a test holds that both train alike. Steps per
+CPU second, in turns within one run; memory is what a process of its own grows to.
+
+Run: python -m benchmarks.mae_step
+"""
+
+from typing import NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from benchmarks.mae_plain import PlainMAEStep
+from benchmarks.steps import TaskStep, in_turns, peak_memory, task_of
+from benchmarks.table import Row, show
+from pretrain.config import SHIPPED
+from tasks.masks import random_noise
+
+AGAINST = "plain PyTorch"
+
+
+class Setting(NamedTuple):
+    """`size`: width, depth and heads of the encoder; `options`: of our command line, for the same."""
+
+    name: str
+    config: str
+    options: tuple[str, ...]
+    size: tuple[int, int, int]
+    image_size: int
+    batch: int
+
+
+TIN40 = Setting("TIN-40 sizes, 64 px, batch 128", "mae_tin40", (), (192, 6, 3), 64, 128)
+SMALL = Setting(
+    "ViT-S/16, 224 px, batch 16", "mae_vitb16_in1k", ("--model.encoder.arch", "vit_small"), (384, 12, 6), 224, 16
+)
+
+
+def measure(rounds: int = 5) -> list[Row]:
+    """Steps per CPU second and peak memory of each setting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    for setting in (TIN40, SMALL):
+        sides = (ours(setting), plain(setting))
+        times = in_turns(sides, rounds)
+        del sides
+        rows.append(Row("MAE step", setting.name, "steps/s", *(1 / s for s in times), AGAINST))
+        memory = [peak_memory(side, setting) for side in (ours, plain)]
+        rows.append(Row("MAE step", f"{setting.name}; peak memory", "MiB", *memory, AGAINST))
+    torch.set_num_threads(threads)
+    return rows
+
+
+def images_of(setting: Setting) -> tuple[Tensor, Tensor]:
+    """Random images [b 3 h h] and keys [b]."""
+    shape = (setting.batch, 3, setting.image_size, setting.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.arange(setting.batch)
+
+
+def ours(setting: Setting, *options: str) -> TaskStep:
+    """Our task as the run of a YAML builds it."""
+    images, keys = images_of(setting)
+    crop = ("--data.recipe.crop_size", str(setting.image_size))
+    task = task_of(setting.config, *setting.options, *crop, *options).model
+    return TaskStep(task, setting.batch, lambda: {"image": images, "rng": keys})
+
+
+def plain(setting: Setting) -> PlainMAEStep:
+    """The plain loop with the sizes, masks and schedules of that YAML."""
+    torch.manual_seed(0)
+    images, keys = images_of(setting)
+    told = yaml.safe_load((SHIPPED / f"{setting.config}.yaml").read_text())["model"]["init_args"]
+    patches = (setting.image_size // told["encoder"]["patch_size"]) ** 2
+    noise = random_noise(keys, patches, "mae mask")
+    return PlainMAEStep(told, setting.image_size, setting.size, setting.batch, lambda: (images, noise))
+
+
+def main() -> None:
+    """Print the table."""
+    print(show(measure()))
+
+
+if __name__ == "__main__":
+    main()
