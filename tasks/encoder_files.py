@@ -70,8 +70,8 @@ def load_encoder(source: str | Path, *, image_size: int | None = None, heads: in
 
     Args:
         source: a run's directory, a Lightning checkpoint (.ckpt), an export (.safetensors, or a folder for timm),
-            `timm:NAME` (also `timm:hf-hub:...` and `timm:local-dir:...`), a file of the MAE or DINO authors (.pth), or
-            a CLIP of open_clip (see `tasks.clip_files.load_clip`).
+            `timm:NAME` (also `timm:hf-hub:...` and `timm:local-dir:...`), a file of the MAE, DINO or DINOv2 authors
+            (.pth), or a CLIP of open_clip (see `tasks.clip_files.load_clip`).
         image_size: side of the images it will see; the position table is resized in the manner of its authors.
             None: as it was trained.
         heads: attention heads of an original file whose size is not a published one.
