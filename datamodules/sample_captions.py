@@ -51,10 +51,19 @@ class SampleCaptions:
 
     def __init__(self, reader: ShardReader, config: CaptionConfig) -> None:
         self.reader, self.config = reader, config
+        members, name = reader.manifest.members, reader.manifest.name
+        kinds = ("json",) if config.field else ("txt", "json")
+        texts = [kind for kind in kinds if members.get(kind)]
         if config.templates and not reader.manifest.classes:
-            raise DataError(f"captions.templates need classes, but {reader.manifest.name} has no class names")
+            instead = "; it has texts: read them with captions.templates [] (evaluate --captions txt)" if texts else ""
+            raise DataError(f"captions.templates need classes, but {name} has no class names{instead}")
         if config.templates:
             refuse_codes(self._names)
+        elif members and not texts:  # none are counted where no manifest was at hand
+            raise DataError(
+                f"{name} has no captions, no .{' and no .'.join(kinds)}: put them beside the images and pack these, or "
+                "make captions of class names with captions.templates (evaluate --captions templates)"
+            )
 
     def all(self, shard: int, sample: int) -> list[str]:
         """At least one caption. BadSampleError when there is none, or it is no UTF-8 text or no JSON."""

@@ -61,7 +61,7 @@ def test_from_text_and_json(tmp_path):
 )
 def test_bad_captions(tmp_path, members, reason):
     with pytest.raises(BadSampleError, match=reason):
-        captions(shards(tmp_path, [members]))
+        captions(shards(tmp_path, [members, {"txt": b"another"}]))
 
 
 def test_from_classes(tmp_path):
@@ -146,3 +146,14 @@ def test_classes_that_have_codes_for_names_make_no_captions(tmp_path):
         captions(manifest, templates=("a {}",))
     (tmp_path / "names.tsv").write_text("wnid\tnames\nn01443537\tgoldfish\nn01742172\tboa\n")
     assert captions(manifest, 1, templates=("a {}",), class_names=str(tmp_path / "names.tsv")) == ["a boa"]
+
+
+def test_a_set_without_captions_is_refused_before_it_is_read(tmp_path):
+    plain = shards(tmp_path / "plain", [{"cls": b"0"}], ["cat"])
+    with pytest.raises(DataError, match=r"has no captions, no \.txt and no \.json: put them beside the images"):
+        captions(plain)
+    texts = shards(tmp_path / "texts", [{"txt": b"a cat"}])
+    with pytest.raises(DataError, match=r"has no captions, no \.json: "):
+        captions(texts, field="title")
+    with pytest.raises(DataError, match=r"need classes, but .*; it has texts: read them with captions\.templates \[\]"):
+        captions(texts, templates=("a {}",))
