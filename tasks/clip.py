@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tasks.class_token import answers_alone, class_token
 from tasks.clip_loss import CLIPLoss
-from tasks.drop_path import drop_path_keys, use_keyed_drop_path
+from tasks.drop_path import drop_path_keys
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
 from tasks.masks import random_noise, split_patches, visible_patches
@@ -70,7 +70,6 @@ class CLIP(nn.Module):
         if image_head == "map" and not (encoder.maskable and encoder.width == joint_width):
             raise TaskError(f"image_head: map needs a plain ViT that is joint_width {joint_width} wide, not {arch}")
         self.encoder, self.loss, self.patch_drop = encoder, loss, patch_drop
-        use_keyed_drop_path(encoder)
         self.image_head: nn.Module = (
             nn.Linear(encoder.feature_width, joint_width, bias=False) if image_head == "linear" else _map_head(encoder)
         )

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
+from tasks.blocks import compile_forward
 from tasks.clip import CLIP, Head, Loss
 from tasks.clip_health import clip_health
 from tasks.collectives import world_size
@@ -105,8 +106,7 @@ class CLIPTask(PretrainTask):
     def setup(self, stage: str) -> None:
         """Compiles what is to be compiled."""
         if self.compile_blocks:
-            for block in (*self.model.encoder.blocks, *self.model.text.blocks):
-                block.compile()
+            compile_forward([*self.model.encoder.blocks, *self.model.text.blocks])
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW, one kernel per group where the device has it."""

@@ -21,11 +21,13 @@ from tasks.class_token import answers_alone, class_token
 from tasks.dino_head import DINOHead, HeadConfig
 from tasks.dino_health import dino_health
 from tasks.dino_loss import DINOLoss
+from tasks.drop_path import drop_path_keys
 from tasks.ema import update_ema
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
 from tasks.ibot_loss import IBOTLoss
 from tasks.koleo_loss import KoLeoLoss
+from tasks.masks import view_keys
 from tasks.sinkhorn import SinkhornKnopp
 
 Targets = Literal["centering", "sinkhorn"]
@@ -86,7 +88,7 @@ class Branch(nn.Module):
         self._pool: Literal["cls", "mean"] = "cls" if encoder.config.class_token else "mean"
 
     def forward(
-        self, images: Tensor, hidden: Hidden | None = None, *, mask: bool = False
+        self, images: Tensor, hidden: Hidden | None = None, *, mask: bool = False, keys: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Class tokens [b d] of images [b c h w] (without one, means over patches), and the patches to guess [m d].
 
@@ -94,11 +96,13 @@ class Branch(nn.Module):
             images: of one size.
             hidden: which patches to give; None: none.
             mask: do not show them.
+            keys: int64 [b], what drop path follows from; None: from torch's generator.
         """
-        if hidden is None and self._alone:
-            return class_token(self.encoder, images), None
-        shown = {"mask": hidden.mask, "mask_token": self.mask_token} if hidden and mask else {}
-        tokens = self.encoder(images, **shown)
+        with drop_path_keys(self.encoder, keys):
+            if hidden is None and self._alone:
+                return class_token(self.encoder, images), None
+            shown = {"mask": hidden.mask, "mask_token": self.mask_token} if hidden and mask else {}
+            tokens = self.encoder(images, **shown)
         patches = tokens.patches.flatten(0, 1)[hidden.places] if hidden else None
         return self.encoder.pool(tokens, self._pool), patches
 
@@ -182,8 +186,9 @@ class DINO(nn.Module):
         return self
 
     def forward(
-        self, global_views: Tensor, local_views: Tensor | None, teacher_temp: float, hidden: Hidden | None = None
-    ) -> DINOOutput:
+        self, global_views: Tensor, local_views: Tensor | None, teacher_temp: float, hidden: Hidden | None = None,
+        keys: Tensor | None = None,
+    ) -> DINOOutput:  # fmt: skip
         """Loss of one micro-batch. Collective with Sinkhorn-Knopp targets, which all ranks normalise together.
 
         Args:
@@ -191,10 +196,15 @@ class DINO(nn.Module):
             local_views: normalised, [l b c h' w'], or None.
             teacher_temp: temperature of the teacher.
             hidden: the patches of the global views to hide, needed with iBOT.
+            keys: int64 [b], what the student's drop path follows from; None: from torch's generator.
         """
         if (hidden is None) != (self.ibot is None):
             raise TypeError("hidden patches are given exactly when ibot is on")
         g, b = global_views.shape[:2]
+        of_global = of_local = None
+        if keys is not None:
+            drawn = view_keys(keys, g + (0 if local_views is None else len(local_views)))
+            of_global, of_local = drawn[:g].flatten(), drawn[g:].flatten()
         images = global_views.flatten(0, 1)
         with torch.no_grad():
             features, seen = self.teacher(images, hidden)
@@ -202,10 +212,10 @@ class DINO(nn.Module):
             targets = self.dino_targets(logits, teacher_temp).view(g, b, -1)
             statistics = self._statistics("dino", self.dino_targets, logits)
             del logits
-        tokens, guessed = self.student(images, hidden, mask=True)
+        tokens, guessed = self.student(images, hidden, mask=True, keys=of_global)
         rows = [tokens]
         if local_views is not None:
-            rows.append(self.student(local_views.flatten(0, 1))[0])
+            rows.append(self.student(local_views.flatten(0, 1), keys=of_local)[0])
         loss = self.dino_loss(self.student.head(torch.cat(rows)).unflatten(0, (-1, b)), targets)
         parts = {"dino": loss.detach()}
         health = dino_health(targets, loss, features[:b])

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
 from tasks.block_masks import Hidden, hide_blocks
+from tasks.blocks import compile_forward
 from tasks.dino import DINO, IBOTConfig, Targets
 from tasks.dino_groups import dino_groups
 from tasks.dino_head import HeadConfig
@@ -158,9 +159,7 @@ class DINOTask(PretrainTask):
     def setup(self, stage: str) -> None:
         """Compiles what is to be compiled."""
         if self.compile_blocks:
-            for branch in (self.model.student, self.model.teacher):
-                for block in branch.encoder.blocks:
-                    block.compile()
+            compile_forward([*self.model.student.encoder.blocks, *self.model.teacher.encoder.blocks])
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW or SGD, one kernel per group where the device has it."""
@@ -211,7 +210,7 @@ class DINOTask(PretrainTask):
         """The loss of one micro-batch, its parts and its health."""
         epoch = self.trainer.global_step // self._data.steps_per_epoch
         views = (batch["global_views"], batch.get("local_views"))
-        out = self.model(*views, self.teacher_temp_at(epoch), batch.get("hidden"))
+        out = self.model(*views, self.teacher_temp_at(epoch), batch.get("hidden"), batch["rng"])
         self.model.observe(out)
         parts = {f"{name}_loss": value for name, value in out.parts.items()} if len(out.parts) > 1 else {}
         return {"loss": out.loss, **parts, **out.health}

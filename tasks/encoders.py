@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tasks.drop_path import use_keyed_drop_path
 from tasks.encoder_config import EncoderConfig, Pool
 from tasks.errors import TaskError
 from tasks.positions import Grid, resize_table, rope_table, sincos2d_table
@@ -52,6 +53,7 @@ class Encoder(nn.Module):
             self.config = measured_config(config, self.trunk)
         if self.config.pool != "mean" and not self.config.class_token:
             raise TaskError(f"{config.arch} has no class token: set encoder.pool: mean")
+        use_keyed_drop_path(self.trunk)
         self.maskable = is_maskable(self.trunk)
         self.width: int = self.trunk.num_features
         self.num_prefix: int = getattr(self.trunk, "num_prefix_tokens", 0)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tasks.drop_path import drop_path_keys
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 from tasks.mae import MAE
@@ -55,7 +56,8 @@ class MAETask(PretrainTask):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch {"image": float [b c h w], "rng": int64 [b]}."""
         noise = random_noise(batch["rng"], self.model.encoder.num_patches, "mae mask")
-        return {"loss": self.model(batch["image"], noise, loss_only=True).loss}
+        with drop_path_keys(self.model.encoder, batch["rng"]):
+            return {"loss": self.model(batch["image"], noise, loss_only=True).loss}
 
     def model_settings(self) -> dict[str, Any]:
         """MAE's arguments besides the encoder."""

@@ -1,6 +1,6 @@
 """Random numbers and visible patches that depend on integer keys alone, never on a worker, a rank or a generator.
 
-Axes: b = images, n = patches, k = visible patches.
+Axes: b = images, v = views, n = patches, k = visible patches.
 """
 
 import zlib
@@ -25,6 +25,12 @@ def random_noise(rng: Tensor, n: int, purpose: str) -> Tensor:
     counter = torch.arange(1, n + 1, device=rng.device) * _GOLDEN
     bits = _mix(stream[:, None] + counter)
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def view_keys(rng: Tensor, views: int) -> Tensor:
+    """A key for each of several views of an image: int64 [b] -> [v b], other ones than those of the images."""
+    stream = _mix(rng ^ zlib.crc32(b"view"))
+    return _mix(stream + torch.arange(1, views + 1, device=rng.device)[:, None] * _GOLDEN)
 
 
 def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:

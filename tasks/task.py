@@ -115,7 +115,7 @@ class PretrainTask(pl.LightningModule):
         self.check_schedule(self.trainer.max_steps, self._data.steps_per_epoch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seeds what is random inside the model (drop path) by place in the run, so that a resumed run repeats it."""
+        """Seeds what else is random inside the model by place in the run, so that a resumed run repeats it."""
         micro = batch_idx % self.trainer.accumulate_grad_batches
         place = (self._data.seed, self.trainer.global_step, micro, self.trainer.global_rank)
         torch.manual_seed(zlib.crc32(repr(place).encode()))

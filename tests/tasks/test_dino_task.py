@@ -97,14 +97,40 @@ def test_bf16_and_sgd_train() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_the_same_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as torch.compile does, without the minutes that generating code takes on a CPU."""
-    compiling = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiling(block, backend="eager", fullgraph=True))
-    plain, compiled = tiny_task(), tiny_task(compile_blocks=True)
+@pytest.mark.parametrize(
+    ("encoder", "changes"),
+    [
+        pytest.param(replace(TINY, depth=12, drop_path=0.1), {}, id="ViT"),
+        pytest.param(replace(TINY, depth=12, drop_path=0.1), {"ibot": IBOTConfig()}, id="iBOT"),
+        pytest.param(
+            EncoderConfig(arch="timm:convnext_atto", image_size=64, pool="mean", drop_path=0.1), {}, id="ConvNeXt"
+        ),
+    ],
+)
+def test_compiled_blocks_are_the_same_blocks(
+    encoder: EncoderConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as torch.compile does, without the minutes that generating code takes on a CPU: all of them, each time."""
+    calls = [0]
+
+    def count(graph: Any, inputs: Any) -> Any:
+        def call(*args: Any) -> Any:
+            calls[0] += 1
+            return graph.forward(*args)
+
+        return call
+
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward: compiling(forward, backend=count, fullgraph=True))
+    torch.compiler.reset()
+    plain, compiled = (tiny_task(encoder, compile_blocks=on, **changes) for on in (False, True))
     assert list(plain.state_dict()) == list(compiled.state_dict())
-    fit(plain, 2)
-    fit(compiled, 2)
+    data = {"size": encoder.image_size, "small": encoder.image_size // 2}
+    fit(plain, 3, Views(**data))
+    assert calls == [0]
+    fit(compiled, 3, Views(**data))
+    blocks, passes = len(compiled.model.student.encoder.blocks), 3
+    assert blocks >= 8 and calls == [3 * passes * blocks], "torch.compile gave some blocks up"
     for name, value in state(plain).items():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
@@ -269,9 +295,6 @@ def test_two_ranks_train_as_one() -> None:
     """Global batch 8 on one rank and on two: the same student, teacher and centres."""
     one, two = (everything(clip_grad=0.3) for _ in range(2))
     for task in (one, two):
-        for part in task.modules():
-            if hasattr(part, "drop_prob"):
-                part.drop_prob = 0.0  # its draws belong to a rank
         task.double()
     fit(one, 5, Views(batch=8), precision="64-true")
     fit(two, 5, Views(batch=8), precision="64-true", devices=2, strategy="ddp_spawn", callbacks=None)

@@ -76,14 +76,14 @@ def test_rate_is_set_once_per_optimiser_step_and_starts_at_zero(tmp_path):
     assert watch.losses[0] != watch.losses[1]
 
 
-def test_drop_path_repeats_for_the_same_place_in_the_run(tmp_path):
+def test_what_is_drawn_in_the_model_repeats_for_the_same_place_in_the_run(tmp_path, monkeypatch):
+    drawn = []
+    step = MAETask.training_step
+    monkeypatch.setattr(MAETask, "training_step", lambda *given: (drawn.append(torch.rand(()).item()), step(*given))[1])
     first, again = fit(tmp_path)[2].losses, fit(tmp_path)[2].losses
-    assert first == again
-    Data.seed = 6
-    try:
-        assert fit(tmp_path)[2].losses != first
-    finally:
-        Data.seed = 5
+    assert first == again and len(set(drawn)) == 12 and drawn[:12] == drawn[12:]
+    monkeypatch.setattr(Data, "seed", 6)
+    assert fit(tmp_path)[2].losses == first and not set(drawn[:12]) & set(drawn[24:])  # drop path goes by the keys
 
 
 def test_optimiser_is_fused_and_decays_matrices_only(tmp_path):
