@@ -101,7 +101,7 @@ def parse(arguments: list[str]) -> tuple[PretrainCLI, Namespace]:
             f"({_shipped()}), for example trivit pretrain --config mae_demo --data.train DIR --output RUN"
         )
     try:
-        cli = PretrainCLI(find_configs(arguments))
+        cli = PretrainCLI(spell_nulls(find_configs(arguments)))
     except (ArgumentError, argparse.ArgumentError) as error:
         raise RunError(shorten(str(error))) from error
     return cli, cli.config
@@ -118,6 +118,18 @@ def instantiate(cli: PretrainCLI, config: Namespace) -> Namespace:
                 raise cause from None
             cause = cause.__cause__
         raise
+
+
+def spell_nulls(arguments: list[str]) -> list[str]:
+    """`--model.encoder.width null` as `--model.encoder {width: null}`: jsonargparse makes a text of the former."""
+    joined: list[str] = []
+    for argument in arguments:
+        if argument == "null" and joined and re.fullmatch(r"--[\w.]+", joined[-1]):
+            joined[-1] += "=null"
+        else:
+            joined.append(argument)
+    nested = re.compile(r"(--model\.(?!init_args\.\w+=).+)\.(\w+)=null")
+    return [nested.sub(r"\1={\2: null}", argument) for argument in joined]
 
 
 def find_configs(arguments: list[str]) -> list[str]:

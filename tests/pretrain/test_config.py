@@ -107,3 +107,21 @@ def test_a_bad_config_file_is_named(text: str | bytes | None, tmp_path: Path) ->
 def test_one_seed_for_model_and_data(small: list[str]) -> None:
     _, config = parse([*small, "--seed", "7"])
     assert config.seed == config.data.seed == 7
+
+
+def test_null_takes_away_what_a_config_says() -> None:
+    """Also of what is nested, where jsonargparse would read the text None; the other values stay."""
+    command = ["--config", "clip_tin40", "--data.train", "x", "--output", "y", "--model.encoder.width", "null"]
+    command += [
+        "--model.encoder.heads=null",
+        "--model.text.vocab_size",
+        "null",
+        "--epochs",
+        "null",
+        "--model.base_lr=null",
+    ]
+    model = parse([*command, "--model.init_args.encoder.depth", "null", "--model.lr", "1"])[1].model.init_args
+    assert (model.encoder.width, model.encoder.heads, model.encoder.depth, model.encoder.patch_size) == (None,) * 3 + (
+        8,
+    )
+    assert (model.text.vocab_size, model.text.width, model.lr) == (None, 128, 1)
