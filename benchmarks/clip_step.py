@@ -79,7 +79,8 @@ def batch_of(setting: Setting, more: int = 0) -> tuple[torch.Tensor, torch.Tenso
     random.seed(0)
     side, length = setting.theirs["vision_cfg"]["image_size"], setting.theirs["text_cfg"]["context_length"]
     captions = [" ".join(random.choices(WORDS, k=random.randint(*setting.words))) for _ in range(setting.batch)]
-    images = torch.randn(setting.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(setting.batch, 3, side, side, generator=draw, device="cpu")
     return images, Tokenizer(context_length=length + more)(captions)
 
 
@@ -89,13 +90,13 @@ def build(setting: Setting) -> CLIP:
     return CLIP(**setting.theirs)
 
 
-def ours(setting: Setting) -> Step:
+def ours(setting: Setting, *options: str, device: str = "cpu", autocast: torch.dtype | None = None) -> TaskStep:
     """Our task as the run of a YAML builds it, with open_clip's initial weights."""
-    task = task_of(setting.config, *setting.options).model
+    task = task_of(setting.config, *setting.options, *options).model
     load_strictly(task.model, our_names(build(setting).state_dict()), "open_clip")
     images, ids = batch_of(setting, more=1)  # as our loader hands it over, to tell captions that are too long
-    batch = {"image": images, "text": ids, "rng": torch.arange(setting.batch)}
-    return TaskStep(task, setting.batch, lambda: dict(batch))
+    batch = {"image": images.to(device), "text": ids, "rng": torch.arange(setting.batch, device="cpu")}
+    return TaskStep(task, setting.batch, lambda: dict(batch), device, autocast)
 
 
 def theirs(setting: Setting) -> Step:
@@ -107,7 +108,7 @@ def theirs(setting: Setting) -> Step:
         for decays, decay in ((False, 0.0), (True, told["weight_decay"]))
     ]
     optimizer = AdamW(groups, lr=told["lr"], betas=told["betas"], eps=told["eps"], fused=True)
-    images, ids = batch_of(setting)
+    images, ids = (each.to(torch.get_default_device()) for each in batch_of(setting))
     steps = itertools.count(1)
 
     def step() -> float:

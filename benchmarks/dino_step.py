@@ -72,20 +72,20 @@ def views_of(setting: Setting) -> tuple[Tensor, Tensor]:
     large, small, local = setting.views
     draw = torch.Generator().manual_seed(0)
     shapes = ((2, setting.batch, 3, large, large), (local, setting.batch, 3, small, small))
-    return torch.randn(shapes[0], generator=draw), torch.randn(shapes[1], generator=draw)
+    return torch.randn(shapes[0], generator=draw, device="cpu"), torch.randn(shapes[1], generator=draw, device="cpu")
 
 
-def ours(setting: Setting, *options: str) -> TaskStep:
+def ours(setting: Setting, *options: str, device: str = "cpu", autocast: torch.dtype | None = None) -> TaskStep:
     """Our task as the run of a YAML builds it."""
-    views, local = views_of(setting)
-    batch = {"global_views": views, "local_views": local, "rng": torch.arange(setting.batch)}
-    return TaskStep(task_of(setting.config, *options).model, setting.batch, lambda: dict(batch))
+    views, local = (each.to(device) for each in views_of(setting))
+    batch = {"global_views": views, "local_views": local, "rng": torch.arange(setting.batch, device="cpu")}
+    return TaskStep(task_of(setting.config, *options).model, setting.batch, lambda: dict(batch), device, autocast)
 
 
 def plain(setting: Setting) -> PlainDINO:
     """The plain loop with the sizes and schedules of that YAML."""
     torch.manual_seed(0)
-    views = [view for kind in views_of(setting) for view in kind]
+    views = [view for kind in views_of(setting) for view in kind.to(torch.get_default_device())]
     return _plain(setting, lambda: views)
 
 

@@ -57,21 +57,24 @@ def measure(rounds: int = 5) -> list[Row]:
 def images_of(setting: Setting) -> tuple[Tensor, Tensor]:
     """Random images [b 3 h h] and keys [b]."""
     shape = (setting.batch, 3, setting.image_size, setting.image_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.arange(setting.batch)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return images, torch.arange(setting.batch, device="cpu")
 
 
-def ours(setting: Setting, *options: str) -> TaskStep:
+def ours(setting: Setting, *options: str, device: str = "cpu", autocast: torch.dtype | None = None) -> TaskStep:
     """Our task as the run of a YAML builds it."""
     images, keys = images_of(setting)
+    images = images.to(device)
     crop = ("--data.recipe.crop_size", str(setting.image_size))
     task = task_of(setting.config, *setting.options, *crop, *options).model
-    return TaskStep(task, setting.batch, lambda: {"image": images, "rng": keys})
+    return TaskStep(task, setting.batch, lambda: {"image": images, "rng": keys}, device, autocast)
 
 
 def plain(setting: Setting) -> PlainMAEStep:
     """The plain loop with the sizes, masks and schedules of that YAML."""
     torch.manual_seed(0)
-    images, keys = images_of(setting)
+    device = torch.get_default_device()
+    images, keys = (each.to(device) for each in images_of(setting))
     told = yaml.safe_load((SHIPPED / f"{setting.config}.yaml").read_text())["model"]["init_args"]
     patches = (setting.image_size // told["encoder"]["patch_size"]) ** 2
     noise = random_noise(keys, patches, "mae mask")

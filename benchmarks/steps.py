@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch.utils._pytree import tree_map
 
 from benchmarks.memory import resident_mib
 from datamodules.shard_datamodule import Layout
@@ -36,10 +37,15 @@ class TaskStep:
     Args:
         task: as built for a run.
         batch_size: samples of a step.
-        next_batch: gives a batch, normalised.
+        next_batch: gives a batch, normalised; views may lie on the device, the rest is on the host.
+        device: where to train.
+        autocast: to this type, as trainer.precision of a run; None: float32.
     """
 
-    def __init__(self, task: PretrainTask, batch_size: int, next_batch: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, task: PretrainTask, batch_size: int, next_batch: Callable[[], dict[str, Any]],
+        device: str = "cpu", autocast: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         layout = Layout(batch_size, batch_size, 1)
         data = SimpleNamespace(
             global_batch_size=batch_size, steps_per_epoch=STEPS_PER_EPOCH, seed=0, layout=lambda world_size: layout
@@ -49,22 +55,31 @@ class TaskStep:
             datamodule=data, precision_plugin=None,
         )  # fmt: skip
         task.trainer = self.place  # type: ignore[assignment]
-        self.task, self.optimizer, self.next_batch = task.train(), task.configure_optimizers(), next_batch
+        task.setup("fit")
+        self.task, self.next_batch = task.train().to(device), next_batch
+        self.optimizer = task.configure_optimizers()
+        self.device, self.autocast = device, torch.autocast(device, autocast or torch.bfloat16, autocast is not None)
 
     def __call__(self) -> float:
         """One step; its loss."""
+        return float(self.step())
+
+    def step(self) -> torch.Tensor:
+        """One step; its loss, without waiting for the device."""
         task, step = self.task, self.place.global_step
-        losses: list[float] = []
+        losses: list[torch.Tensor] = []
         batch = task.on_before_batch_transfer(self.next_batch(), 0)
+        batch = tree_map(lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else x, batch)
         task.on_train_batch_start(batch, step)
 
         def closure() -> torch.Tensor:
-            loss: torch.Tensor = task.training_step(batch, step)["loss"]
+            with self.autocast:
+                loss: torch.Tensor = task.training_step(batch, step)["loss"]
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if type(task).configure_gradient_clipping is not LightningModule.configure_gradient_clipping:
                 task.configure_gradient_clipping(self.optimizer)
-            losses.append(loss.item())
+            losses.append(loss.detach())
             return loss
 
         task.optimizer_step(0, step, self.optimizer, closure)

@@ -29,6 +29,8 @@ LIMITS = {
     "logging": (0.1, "write rows less often (--log_every)"),
 }
 """Phase -> the share above which it is worth a remedy, and the remedy."""
+ROWS = 3
+"""After the first; fewer say nothing of a run."""
 HATCHES = ("", "//", "", "\\\\", "..", "", "xx", "--")
 
 
@@ -41,18 +43,17 @@ class Bottleneck:
 
 
 def time_shares(run: Run) -> dict[str, float]:
-    """Share of the training time in each phase, weighted by the rows' steps; {} when the run has not logged it.
+    """Share of the training time in each phase, weighted by the rows' seconds; {} when the run has not logged enough.
 
-    The first row is left out where there are others: it holds what happens once, such as compiling.
+    The first row is left out: it holds what happens once, such as compiling and the start of the workers.
     """
     columns = {phase: run.metrics[f"time/{phase}"] for phase in WORDS if f"time/{phase}" in run.metrics}
     if not columns:
         return {}
     seconds = np.diff(run.metrics["seconds"], prepend=0.0)
     keep = np.isfinite(next(iter(columns.values()))) & (seconds > 0)  # a resumed part begins its clock anew
-    if keep.sum() > 1:
-        keep[np.argmax(keep)] = False
-    if not keep.any():
+    keep[np.argmax(keep)] = False
+    if keep.sum() < ROWS:
         return {}
     spent = {phase: float((np.nan_to_num(share[keep]) * seconds[keep]).sum()) for phase, share in columns.items()}
     return {phase: each / sum(spent.values()) for phase, each in spent.items()}
@@ -71,7 +72,8 @@ def bottleneck(run: Run) -> Bottleneck | None:
     if not over:
         return Bottleneck("computing", f"{told}: the model is the limit, not what is around it.")
     phase = max(over, key=lambda each: over[each])
-    return Bottleneck(phase, f"{told}, {WORDS[phase]} {shares[phase]:.0%}. What usually helps: {LIMITS[phase][1]}.")
+    of = "of which the optimiser" if phase in COMPUTING else WORDS[phase]
+    return Bottleneck(phase, f"{told}, {of} {shares[phase]:.0%}. What usually helps: {LIMITS[phase][1]}.")
 
 
 def draw_time_shares(run: Run) -> str:
