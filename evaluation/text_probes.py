@@ -1,6 +1,7 @@
 """The probes that compare images with texts: `zeroshot` and `retrieval`, for models that have learned both."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def score_texts(
     Raises:
         EvaluationError, DataError: one line, for what the user can repair.
     """
+    # first, since features take long and captions may not be there
+    given = SampleCaptions(ShardReader(load_manifest(test)), captions) if "retrieval" in probes else None
     images = read(JointFeatures(clip, clip.encoder.config), test)
     if class_fields:
         images = classed_by(images, test, class_fields)
@@ -85,8 +88,8 @@ def score_texts(
                 "classifier": "mean of a class's prompts at length 1, at length 1 again",
             }
         }
-    if "retrieval" in probes:
-        rows, texts_of, without = _captions(test, images, captions)
+    if given is not None:
+        rows, texts_of, without = _captions(test, images, given)
         number: dict[str, int] = {}
         for text in (text for each in texts_of for text in each):
             number.setdefault(text, len(number))
@@ -122,13 +125,14 @@ def chosen_captions(
         trained: those of the run.
         where: None: as in training; `txt`: the samples' `.txt`, else `captions` or `caption` of their `.json`;
             `json:FIELD`: that field; `templates`: the names of their classes.
-        templates, class_names: for `templates`, as `make_prompts` takes them; None: as in training.
+        templates: for `templates`, as `make_prompts` takes them; None: as in training.
+        class_names: wherever captions are made of names; None: as in training.
 
     Raises:
         EvaluationError: another word, or templates that are none.
     """
     if where is None:
-        return trained
+        return replace(trained, class_names=class_names or trained.class_names) if trained.templates else trained
     if where == "txt":
         return CaptionConfig()
     if where.startswith("json:") and where != "json:":
@@ -146,11 +150,12 @@ def _told(captions: CaptionConfig) -> str:
     return f"field {captions.field!r} of .json" if captions.field else ".txt, else captions or caption of .json"
 
 
-def _captions(test: Path, images: Features, config: CaptionConfig) -> tuple[np.ndarray[Any, Any], list[list[str]], int]:
+def _captions(
+    test: Path, images: Features, captions: SampleCaptions
+) -> tuple[np.ndarray[Any, Any], list[list[str]], int]:
     """The images that have captions (their rows), the captions of each, and how many images have none."""
-    manifest = load_manifest(test)
-    reader = ShardReader(manifest)
-    captions = SampleCaptions(reader, config)
+    reader = captions.reader
+    manifest = reader.manifest
     row = {key: i for i, key in enumerate(images.key)}
     found: dict[int, list[str]] = {}
     for shard in range(len(manifest.shards)):
@@ -163,8 +168,8 @@ def _captions(test: Path, images: Features, config: CaptionConfig) -> tuple[np.n
                 continue
     if len(found) < 2:
         raise EvaluationError(
-            f"retrieval needs images with captions, and {test} has none ({_told(config)}); --captions txt, json:FIELD "
-            "or templates says where they are"
+            f"retrieval needs images with captions, and {test} has none ({_told(captions.config)}); --captions txt, "
+            "json:FIELD or templates says where they are"
         )
     rows = np.array(sorted(found))
     return rows, [found[int(place)] for place in rows], len(images) - len(found)

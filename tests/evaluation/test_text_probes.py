@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from datamodules.errors import DataError
 from datamodules.shard_writer import ShardWriter
 from evaluation import evaluate
 from evaluation.errors import EvaluationError
@@ -174,6 +175,13 @@ def test_prompts_are_those_that_the_run_was_trained_with(
         assert found["protocol"]["prompts"] == 2 * 8
     own = evaluate(run, test=shards, probes=("zeroshot",), progress=False, templates=["{}"])["zeroshot"]["protocol"]
     assert (own["templates"], own["prompts"]) == (["{}"], 8)
+    (tmp_path / "names.tsv").rename(tmp_path / "moved.tsv")
+    moved = evaluate(
+        run, test=shards, probes=("zeroshot", "retrieval"), progress=False, class_names=str(tmp_path / "moved.tsv")
+    )
+    assert moved["zeroshot"]["protocol"]["prompts"] == moved["retrieval"]["texts"] == 16
+    with pytest.raises(DataError, match=r"names\.tsv does not exist"):
+        evaluate(run, test=shards, probes=("retrieval",), progress=False)
 
 
 def test_captions_of_classes_can_be_found(
