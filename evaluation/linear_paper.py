@@ -96,7 +96,7 @@ def linear_paper(encoder: Encoder, data: ImageData, config: LinearPaper, seed: i
     batch_size = min(config.batch_size, fitted)
     encoder = encoder.to(data.device).eval()
     kinds = _kinds(encoder, config.blocks)
-    tokens = frozen(partial(_see, encoder, kinds), data)
+    tokens = frozen(partial(see, encoder, kinds), data)
     heads: dict[str, nn.Module] = {}
     groups = []
     with torch.random.fork_rng(devices=[]):
@@ -126,7 +126,7 @@ def held_out_order(data: ImageData, share: float, seed: int, name: str) -> tuple
     return order, fitted
 
 
-def _see(encoder: Encoder, kinds: Sequence[tuple[int, bool]], images: Tensor) -> list[Tensor]:
+def see(encoder: Encoder, kinds: Sequence[tuple[int, bool]], images: Tensor) -> list[Tensor]:
     """Images [b c h w] -> [b f] of each kind: so many class tokens, with the mean patch token or without."""
     tokens = last_block_tokens(encoder, images, max(1, max(blocks for blocks, _ in kinds)))
     mean = tokens[-1].patches.mean(dim=1)

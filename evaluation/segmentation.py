@@ -98,6 +98,10 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
                 group["lr"] = config.rate * warm * (1 - step / config.steps)
             optimizer.step()
             bar.update()
+            if (step % 100 == 0 or step == config.steps - 1) and not torch.isfinite(loss):
+                raise EvaluationError(
+                    f"segmentation: the loss is not finite at step {step}: the encoder has diverged, or lower the rate"
+                )
     head.eval()
     found: list[Doubles] = []
     scored = MaskBatches(test, batch_size=config.batch_size, **cut)

@@ -104,6 +104,13 @@ def test_what_cannot_be_segmented_is_one_line(masked: Path, world: Path, tmp_pat
     more = write_masked(tmp_path / "more", 8, 0, value=7)
     with pytest.raises(EvaluationError, match=r"a mask has class 7, but 2 were expected: .*segmentation.classes=N"):
         segmentation(encoder_of(), masked / "train", more, data_of(more), few, 0)
+    ill = encoder_of()
+    with torch.no_grad():
+        ill.trunk.blocks[0].norm1.weight.fill_(torch.nan)
+    with pytest.raises(EvaluationError, match="not finite at step 0: the encoder has diverged"):
+        segmentation(ill, masked / "train", test, data_of(test), few, 0)
+    with pytest.raises(EvaluationError, match="not finite, the encoder has diverged"):
+        localisation(ill, test, data_of(test), Localisation())
     with pytest.raises(EvaluationError, match="segmentation needs steps"):
         segmentation(encoder_of(), test, test, data_of(test), Segmentation(steps=0), 0)
 
@@ -119,15 +126,16 @@ def test_a_box_around_the_largest_region() -> None:
     )
 
 
+class Looks:
+    """Attention where the image is bright, in every layer and head."""
+
+    def __init__(self, _: Encoder, images: torch.Tensor) -> None:
+        shares = torch.nn.functional.avg_pool2d((images.float().mean(1, keepdim=True) > 120).float(), 4)
+        self.weights = shares[None]
+
+
 def test_localisation_against_masks_and_a_table(masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test = masked / "test"
-
-    class Looks:
-        """Attention where the image is bright, in every layer and head."""
-
-        def __init__(self, _: Encoder, images: torch.Tensor) -> None:
-            shares = torch.nn.functional.avg_pool2d((images.float().mean(1, keepdim=True) > 120).float(), 4)
-            self.weights = shares[None]
 
     monkeypatch.setattr("evaluation.localisation.class_attention", Looks)
     found = localisation(encoder_of(), test, data_of(test), Localisation(mass=0.99))
@@ -137,6 +145,16 @@ def test_localisation_against_masks_and_a_table(masked: Path, tmp_path: Path, mo
     (tmp_path / "boxes.tsv").write_text("\n".join(rows))
     told = localisation(encoder_of(), test, data_of(test), Localisation(boxes=str(tmp_path / "boxes.tsv")))
     assert told["images"] == 2 and told["whole_image"] == 50
+
+
+def test_boxes_are_of_the_image_as_it_is_whatever_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, mask = np.zeros((16, 32, 3), np.uint8), np.zeros((16, 32), np.uint8)
+    pixels[4:12, 16:32], mask[4:12, 16:32] = 255, 1
+    with ShardWriter(tmp_path / "wide", samples_per_shard=4) as writer:
+        writer.write("0", {"png": png(pixels), "mask.png": png(mask)})
+    monkeypatch.setattr("evaluation.localisation.class_attention", Looks)
+    found = localisation(encoder_of(), tmp_path / "wide", data_of(tmp_path / "wide"), Localisation(mass=0.99))
+    assert found["mean_iou"] == pytest.approx(100) and found["corloc"] == 100
 
 
 def test_attention_of_a_real_encoder_is_scored(masked: Path) -> None:

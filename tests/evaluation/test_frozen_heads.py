@@ -19,7 +19,7 @@ from evaluation.frozen_heads import cosine
 from evaluation.image_data import ImageData, rows_of
 from evaluation.labels import match_labels
 from evaluation.linear_mae import LinearMAE, lars, linear_mae, warmup_cosine
-from evaluation.linear_paper import LinearPaper, linear_paper
+from evaluation.linear_paper import LinearPaper, linear_paper, see
 from evaluation.ranks import top
 from tasks.block_tokens import last_block_tokens
 from tasks.encoder_files import load_encoder
@@ -92,6 +92,18 @@ def test_tokens_of_lower_blocks_are_those_that_the_blocks_give() -> None:
     assert torch.equal(tokens[0].prefix, lower.prefix) and torch.equal(tokens[0].patches, lower.patches)
     with pytest.raises(TaskError, match="does not have 3 blocks"):
         last_block_tokens(encoder, images, 3)
+
+
+def test_heads_see_the_last_class_tokens_and_the_mean_of_the_last_patches() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(replace(CONFIG, depth=3)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        one, both, meant = see(encoder, [(1, False), (2, False), (1, True)], images)
+        lower, last = last_block_tokens(encoder, images, 2)
+    assert torch.equal(one, last.prefix[:, 0])
+    assert torch.equal(both, torch.cat([lower.prefix[:, 0], last.prefix[:, 0]], dim=1))
+    assert torch.equal(meant, torch.cat([last.prefix[:, 0], last.patches.mean(1)], dim=1))
 
 
 def test_rates_rise_and_fall() -> None:
