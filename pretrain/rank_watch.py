@@ -14,6 +14,7 @@ from datamodules.first_images import first_images
 from datamodules.normalize import normalize
 from evaluation.rankme import rankme
 from pretrain.metrics import Metrics
+from tasks.blocks import is_compiled
 
 IMAGES = 256
 SHARE = 0.01
@@ -141,7 +142,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     Parts of one module may be in different modes before (locked, BatchNorm).
     """
     modes = [(part, part.training) for part in module.modules()]
-    compiled = any(part._compiled_call_impl is not None for part, _ in modes)
+    compiled = is_compiled(module)
     module.eval()
     try:
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():

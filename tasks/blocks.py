@@ -15,3 +15,8 @@ def compile_forward(blocks: Iterable[nn.Module]) -> None:
     settings.recompile_limit = max(settings.recompile_limit, GRAPHS)
     for block in blocks:
         block.forward = torch.compile(block.forward)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_forward` has been at parts of it."""
+    return any(hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable") for part in model.modules())

@@ -17,9 +17,12 @@ from evaluation.rankme import rankme
 from pretrain import rank_watch
 from pretrain import run as run_module
 from pretrain.config import parse
-from pretrain.rank_watch import RankWatch
+from pretrain.rank_watch import RankWatch, evaluating
 from pretrain.run import train
 from tasks import load_encoder
+from tasks.blocks import compile_forward
+from tasks.encoder_config import EncoderConfig
+from tasks.encoders import Encoder
 from tests.pretrain.conftest import SMALL
 from tests.pretrain.processes import OBJECTIVES, end, start
 
@@ -132,3 +135,22 @@ def test_the_first_of_two_ranks_measures_for_both(drawn: Path, tmp_path: Path) -
         assert code_ == 0, error
     one, two = ([float(row["rankme"]) for row in rows(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-3)
+
+
+def test_compiled_blocks_are_not_compiled_for_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [0]
+
+    def count(graph: Any, inputs: Any) -> Any:
+        calls[0] += 1
+        return graph.forward
+
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward: compiling(forward, backend=count))
+    torch.compiler.reset()
+    encoder = Encoder(EncoderConfig(arch="vit_tiny", width=16, depth=1, heads=1, image_size=16, patch_size=8))
+    compile_forward(encoder.blocks)
+    encoder(torch.randn(2, 3, 16, 16))
+    assert calls == [1]
+    with evaluating(encoder):
+        encoder(torch.randn(7, 3, 16, 16))
+    assert calls == [1]

@@ -1,8 +1,10 @@
 """The task as a YAML builds it: through jsonargparse, in the subclass mode of LightningCLI."""
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
+from tasks.blocks import is_compiled
 from tasks.encoder_config import EncoderConfig
 from tasks.mae_task import MAETask
 from tasks.task import PretrainTask
@@ -58,3 +60,31 @@ def test_what_the_task_does_not_know_is_refused(given, tmp_path):
     (tmp_path / "run.yaml").write_text(YAML)
     with pytest.raises(ArgumentError):
         parser().parse_args(["--config", str(tmp_path / "run.yaml"), *given])
+
+
+def test_every_block_is_compiled_and_trains_alike(monkeypatch):
+    """Traced as torch.compile does, without the minutes that generating code takes on a CPU."""
+    calls, compiling = [0], torch.compile
+
+    def count(graph, inputs):
+        def call(*args):
+            calls[0] += 1
+            return graph.forward(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", lambda forward: compiling(forward, backend=count, fullgraph=True))
+    torch.compiler.reset()
+    encoder = EncoderConfig(arch="vit_tiny", width=16, depth=10, heads=1, image_size=16, patch_size=8, drop_path=0.1)
+    options = {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 1, "base_lr": 1e-3}
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        task = MAETask(encoder, compile_blocks=compiled, **options)
+        task.setup("fit")
+        assert is_compiled(task.model.encoder) == compiled
+        batch = {"image": torch.randn(3, 3, 16, 16), "rng": torch.arange(3)}
+        losses.append(task.training_step(batch, 0)["loss"])
+        losses[-1].backward()
+        assert calls == [12 * compiled]
+    torch.testing.assert_close(*losses)
