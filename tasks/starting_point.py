@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from tasks.clip import CLIP
@@ -158,9 +159,9 @@ def _described(encoder: Encoder) -> dict[str, Any]:
     """Fields of EncoderConfig as the model itself has them, timm's too, by name."""
     config, trunk = encoder.config, encoder.trunk
     shown: dict[str, Any] = {"in_chans": config.in_chans, "mean": config.mean, "std": config.std}
-    if not encoder.maskable:
+    block = trunk.blocks[0] if encoder.maskable else None
+    if not isinstance(block, Block):  # of another family, or with two branches side by side: its name says it all
         return {"arch": str(config.timm_name).split(".")[0], **shown}
-    block = trunk.blocks[0]
     activation = type(block.mlp.act).__name__
     return {
         "patch_size": config.patch_size,

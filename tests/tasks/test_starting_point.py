@@ -16,7 +16,7 @@ from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import save_encoder
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
-from tasks.starting_point import take_clip, take_dino, take_encoder
+from tasks.starting_point import encoder_differences, take_clip, take_dino, take_encoder
 from tasks.tokenizer import train_bpe
 from tests.tasks import clip_runs, dino_runs
 
@@ -111,6 +111,14 @@ def test_between_timm_and_our_own(file: Callable[[EncoderConfig], str]) -> None:
     take_encoder(Encoder(convnext), file(convnext))
     with pytest.raises(TaskError, match=r"convnext --model\.encoder\.width null .*depth null .*heads null$"):
         take_encoder(Encoder(VIT), file(convnext))
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_18x2_224", "vit_giant_patch14_dinov2", "test_vit4"])
+def test_unusual_vits_are_like_themselves_and_unlike_ours(name: str) -> None:
+    with torch.device("meta"):
+        given = Encoder(EncoderConfig(arch=f"timm:{name}", image_size=112, pool="mean"))
+    assert encoder_differences(given, given) == []
+    assert encoder_differences(given, Encoder(VIT)) and encoder_differences(Encoder(VIT), given)
 
 
 def saved(task: Any, path: Path, runs: Any) -> str:
