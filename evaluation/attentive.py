@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evaluation.errors import EvaluationError
 from evaluation.frozen_heads import frozen, ranks_of_heads, train_heads
-from evaluation.image_data import ImageData
+from evaluation.image_data import ImageData, parts_of
 from evaluation.linear_mae import warmup_cosine
 from evaluation.linear_paper import Sweep, held_out_order
 from evaluation.ranks import top
@@ -86,7 +86,7 @@ def attentive(encoder: Encoder, data: ImageData, config: Attentive, seed: int = 
     """
     config.check()
     order, fitted = held_out_order(data, config.held_out, seed, "attentive")
-    batch_size = min(config.batch_size, fitted)
+    batch_size, _ = parts_of(min(config.batch_size, fitted), data.batch_size)
     steps = config.epochs * (fitted // batch_size)
     encoder = encoder.to(data.device).eval()
     tokens = frozen(partial(_all_tokens, encoder), data)

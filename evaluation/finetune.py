@@ -24,7 +24,7 @@ from datamodules.labelled_batches import labelled_batches
 from evaluation.errors import EvaluationError
 from evaluation.finetune_views import FinetuneRecipe, seeded
 from evaluation.frozen_heads import on_device, ranks_of_heads
-from evaluation.image_data import ImageData
+from evaluation.image_data import ImageData, parts_of
 from evaluation.linear_mae import Trained, warmup_cosine
 from tasks.encoder_files import load_strictly
 from tasks.encoders import Encoder
@@ -112,10 +112,9 @@ def finetune(encoder: Encoder, data: ImageData, config: Finetune, seed: int = 0)
     about = encoder.config
     if config.randaugment and (about.in_chans, about.bits) != (3, 8):
         raise EvaluationError("RandAugment is for images of 3 channels and 8 bits: --set finetune.randaugment=''")
-    batch_size = min(config.batch_size, len(data.train_rows)) // 2 * 2  # mixing goes by pairs
+    batch_size, part = parts_of(min(config.batch_size, len(data.train_rows)), data.batch_size)
     if batch_size < 2:
-        raise EvaluationError("finetune needs at least two images to learn from")
-    part = next(s for s in range(min(data.batch_size, batch_size) // 2 * 2, 0, -2) if batch_size % s == 0)
+        raise EvaluationError("finetune needs batches of two images at least: mixing goes by pairs")
     steps = config.epochs * max(1, len(data.train_rows) // batch_size)
     with torch.random.fork_rng(), seeded(seed):
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from datamodules.labelled_batches import labelled_batches
 from datamodules.normalize import normalize
 from datamodules.recipes import MAERecipe, Recipe
 from evaluation.errors import EvaluationError
-from evaluation.image_data import ImageData
+from evaluation.image_data import ImageData, parts_of
 from evaluation.ranks import rank_of_truth
 from tasks.encoders import Encoder
 
@@ -44,7 +44,7 @@ def train_heads(
         rate: progress in [0, 1] -> factor of the peak rate.
         data: what to learn from.
         rows: of data.train, those to learn from.
-        batch_size: images in a step; the encoder sees data.batch_size of them at a time.
+        batch_size: images in a step, see `parts_of`; the encoder sees about data.batch_size of them at a time.
         steps: of the optimiser.
         seed: of order and crops.
         name: for the progress bar.
@@ -54,8 +54,7 @@ def train_heads(
         EvaluationError: a loss is not finite.
     """
     config = encoder.config
-    batch_size = min(batch_size, len(rows))
-    part = next(size for size in range(min(data.batch_size, batch_size), 0, -1) if batch_size % size == 0)
+    batch_size, part = parts_of(batch_size, data.batch_size)
     batches = labelled_batches(
         data.train, recipe or MAERecipe(config.image_size, SCALE), rows=rows, batch_size=part,
         steps=steps * (batch_size // part), seed=seed, workers=data.workers,

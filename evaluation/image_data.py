@@ -49,6 +49,18 @@ class ImageData:
         )  # fmt: skip
 
 
+def parts_of(batch_size: int, most: int) -> tuple[int, int]:
+    """A batch and the images of it that an encoder sees at a time, a divisor of it and at most `most`, both even.
+
+    A batch without a divisor of a useful size becomes a little smaller. A batch of one image stays.
+    """
+    if batch_size == 1:
+        return 1, 1
+    batch_size, most = batch_size // 2 * 2, max(2, min(most, batch_size) // 2 * 2)
+    part = next(size for size in range(most, 0, -2) if batch_size % size == 0)
+    return (batch_size, part) if 4 * part >= most else (batch_size // most * most, most)
+
+
 def rows_of(root: Path, keys: Sequence[str]) -> Ints:
     """Numbers of the samples with these keys "SHARD/KEY" in the order of the set, which is theirs, too."""
     manifest = load_manifest(root)

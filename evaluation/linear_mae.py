@@ -18,7 +18,7 @@ from torch import nn
 
 from evaluation.errors import EvaluationError
 from evaluation.frozen_heads import cosine, frozen, ranks_of_heads, train_heads
-from evaluation.image_data import ImageData
+from evaluation.image_data import ImageData, parts_of
 from tasks.encoders import Encoder
 
 Ints = NDArray[np.int64]
@@ -63,7 +63,7 @@ def linear_mae(encoder: Encoder, data: ImageData, config: LinearMAE, seed: int =
         EvaluationError: settings or data that cannot be trained on.
     """
     config.check()
-    batch_size = min(config.batch_size, len(data.train_rows))
+    batch_size, _ = parts_of(min(config.batch_size, len(data.train_rows)), data.batch_size)
     encoder = encoder.to(data.device).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from evaluation.errors import EvaluationError
 from evaluation.frozen_heads import cosine, frozen, ranks_of_heads, train_heads
-from evaluation.image_data import ImageData
+from evaluation.image_data import ImageData, parts_of
 from evaluation.linear import stratified_order
 from evaluation.ranks import top
 from tasks.block_tokens import last_block_tokens
@@ -93,7 +93,7 @@ def linear_paper(encoder: Encoder, data: ImageData, config: LinearPaper, seed: i
     """
     config.check()
     order, fitted = held_out_order(data, config.held_out, seed, "linear_paper")
-    batch_size = min(config.batch_size, fitted)
+    batch_size, _ = parts_of(min(config.batch_size, fitted), data.batch_size)
     encoder = encoder.to(data.device).eval()
     kinds = _kinds(encoder, config.blocks)
     tokens = frozen(partial(see, encoder, kinds), data)

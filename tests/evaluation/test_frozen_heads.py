@@ -16,7 +16,7 @@ from evaluation.attentive import Attentive, AttentiveHead, attentive
 from evaluation.errors import EvaluationError
 from evaluation.features import extract
 from evaluation.frozen_heads import cosine
-from evaluation.image_data import ImageData, rows_of
+from evaluation.image_data import ImageData, parts_of, rows_of
 from evaluation.labels import match_labels
 from evaluation.linear_mae import LinearMAE, lars, linear_mae, warmup_cosine
 from evaluation.linear_paper import LinearPaper, linear_paper, see
@@ -76,6 +76,15 @@ def test_rows_are_found_when_some_images_are_bad(tmp_path: Path, cache: Path, en
     found = extract(load_encoder(encoder_file), root, device="cpu", workers=0, progress=False)
     assert np.array_equal(rows_of(root, found.key), np.arange(3, 90))
     assert load_manifest(root).num_samples == 90
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "most", "found"),
+    [(1024, 256, (1024, 256)), (9973, 256, (9728, 256)), (1000, 256, (1000, 250)), (7, 256, (6, 6)), (1, 8, (1, 1)),
+     (2, 1, (2, 2)), (48, 48, (48, 48)), (134, 64, (128, 64))],
+)  # fmt: skip
+def test_batches_are_cut_into_parts_of_a_useful_size(batch_size: int, most: int, found: tuple[int, int]) -> None:
+    assert parts_of(batch_size, most) == found
 
 
 def test_tokens_of_lower_blocks_are_those_that_the_blocks_give() -> None:
