@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from evaluation.loss_curve import judge_loss
-from evaluation.run_files import Run
+from evaluation.loss_curve import FEWEST_ROWS, judge_loss
+from evaluation.run_files import Column, Run
 
 State = Literal["early", "learning", "plateau", "one point", "uniform", "diverging", "not learning", "collapsed"]
 NAMES: dict[State, str] = {
@@ -38,6 +38,10 @@ REMEDIES: dict[State, str] = {
     "tiny",
     "collapsed": f"{LOWER_RATE}; look whether captions differ (train/caption_distinct)",
 }
+RAISE_RATE = (
+    "raise the learning rate where it is tiny (5e-4 times global batch / 256 is usual), or lower it or warm up "
+)
+RAISE_RATE += "for longer where it is large; look at some images (trivit shards inspect)"
 ROWS = 3
 """Rows that are looked at, by their median; a verdict needs as many."""
 
@@ -140,6 +144,11 @@ def _dino(run: Run) -> Health:
     diverging: the loss is more than 1 nat above ln(K), that of a student that knows nothing. (It can reach ln(K) + 20
         or so. Small runs that learn have been seen up to 0.4 nats above: students too sure of local views.)
     plateau: the loss is within 1.5% of ln(K), and what is left to learn is less than 2% of ln(K).
+    not learning: the student is no better than one that says the same about every image (the divergence is above the
+        mutual information of targets and images), and since the run has settled the divergence has not once been 15%
+        below its first row, and the features spread as at first, within a fifth. (Moving the centre alone has brought
+        the divergence to 3.4 times its first row.)
+    early, and one point when the run ends so: fewer than 6 prototypes in use and not more and more.
     """
     rows, step = len(run.metrics["step"]), run.step
     k, most = prototypes(run), math.log(prototypes(run))
@@ -147,7 +156,7 @@ def _dino(run: Run) -> Health:
     used, spread = newest(run, "train/prototypes_used"), newest(run, "train/feature_std")
     if rows < ROWS:
         return _early(run, settled(run, 20))
-    told = math.log(max(used, 1e-9)) - entropy
+    told, divergence = math.log(max(used, 1e-9)) - entropy, run.metrics["train/kl"]
     course = run.metrics["train/prototypes_used"][-ROWS:]
     in_use = f"{used:,.{1 if used < 10 else 0}f} of {k:,} prototypes are in use"
     done = step >= settled(run, 20)
@@ -161,13 +170,32 @@ def _dino(run: Run) -> Health:
     if done and entropy > 0.997 * most:
         text = f"The teacher finds all {k:,} prototypes alike for every image: its entropy is {entropy:.3f}, ln(K) is"
         return _ill("uniform", f"{text} {most:.3f}.")
-    if done and entropy + kl > most + 1:
-        return _ill("diverging", f"The loss, {entropy + kl:.2f}, is above that of a student that guesses, {most:.2f}.")
     if done and entropy + kl > 0.985 * most and kl < 0.02 * most:
         return _ill("plateau", f"The loss, {entropy + kl:.3f}, stays at ln({k:,}) = {most:.3f}.")
+    first, since = float(divergence[0]), run.metrics["step"] >= settled(run, 20)
+    as_before = abs(spread / float(run.metrics["train/feature_std"][0]) - 1) < 0.2
+    if done and as_before and kl > max(told, 0.85 * first) and _lowest(divergence[since]) > 0.85 * first:
+        if rows < FEWEST_ROWS:
+            return Health("early", f"The student has {kl:.2f} nats left to learn, and {first:.2f} at the start.")
+        rate = float(np.max(run.metrics.get("train/lr", np.array([math.nan]))))
+        text = f"The student has {kl:.2f} nats left to learn from the teacher, {first:.2f} at the start; the highest"
+        return _ill("not learning", f"{text} learning rate so far is {rate:.1e}.", RAISE_RATE)
+    if done and entropy + kl > most + 1:
+        return _ill("diverging", f"The loss, {entropy + kl:.2f}, is above that of a student that guesses, {most:.2f}.")
     if not done:
         return _early(run, settled(run, 20))
+    if used < 6 and course[-1] <= course[0] and images >= 8:
+        if run.max_steps is not None and step >= run.max_steps:
+            return _ill("one point", f"Only {in_use}.")
+        return Health("early", f"Only {in_use}, and not more and more: this may become a collapse to one point.")
     return Health("learning", f"The student has {kl:.2f} nats left to learn from the teacher, {in_use}.")
+
+
+def _lowest(values: Column) -> float:
+    """The least median of ROWS rows in a row."""
+    if len(values) < ROWS:
+        return float(np.median(values))
+    return float(np.nanmin(np.median(np.lib.stride_tricks.sliding_window_view(values, ROWS), axis=1)))
 
 
 def _clip(run: Run) -> Health:
@@ -220,8 +248,8 @@ def _by_loss(run: Run) -> Health:
     return Health("learning", course.text)
 
 
-def _ill(state: State, reason: str) -> Health:
-    return Health(state, reason, REMEDIES[state])
+def _ill(state: State, reason: str, remedy: str = "") -> Health:
+    return Health(state, reason, remedy or REMEDIES[state])
 
 
 def _early(run: Run, until: int) -> Health:

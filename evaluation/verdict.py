@@ -18,7 +18,7 @@ HEADLINES: dict[State, str] = {
     "one point": "Collapsed to one point: the same is said about every image.",
     "uniform": "Collapsed to uniform: nothing is said about any image.",
     "diverging": "The loss has diverged.",
-    "not learning": "The loss does not fall: nothing is being learnt.",
+    "not learning": "Nothing is being learnt.",
     "collapsed": "Collapsed: all images have nearly the same vector.",
 }
 SHORT = {"knn": "kNN", "linear": "linear", "zeroshot": "zero-shot"}

@@ -63,9 +63,36 @@ def test_dino_at_any_size(size: tuple[int, int, int]) -> None:
         ({"entropy": 0.5 * log_k, "kl": 0.0, "prototypes_used": k**0.5}, "one point"),
         ({"entropy": 0.9999 * log_k, "kl": 1e-4, "prototypes_used": k}, "uniform"),
         ({"entropy": 0.99 * log_k, "kl": 0.008 * log_k, "prototypes_used": 0.99 * k}, "plateau"),
-        ({"entropy": 0.6 * log_k, "kl": 0.4 * log_k + 1.5, "prototypes_used": 0.9 * k}, "diverging"),
+        ({"entropy": 0.6 * log_k, "kl": 0.4 * log_k + 1.5, "feature_std": lambda x: 0.7 - 0.4 * x}, "diverging"),
     ):  # fmt: skip
         assert state(dino(*size, **{**healthy, **changes})) == expected, changes
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_dino_that_never_learnt_anything_is_told(size: tuple[int, int, int]) -> None:
+    log_k = math.log(size[0])
+    untouched = {"entropy": 0.65 * log_k, "prototypes_used": math.exp(0.85 * log_k), "feature_std": 0.5}
+    # as recorded with rates of 1e-9 and 2e-6: the centre moves, and with it the divergence, down by 13% and up again
+    moved = lambda x: (0.37 - 0.05 * math.exp(-200 * (x - 0.12) ** 2) + 0.03 * x) * log_k  # noqa: E731
+    ill = dino(*size, **untouched, kl=moved, lr=1e-9)
+    assert state(ill) == "not learning" and judge(ill).tone == "bad"
+    told = judge_health(ill)
+    assert "1.0e-09" in told.reason and "raise the learning rate" in told.remedy and "caption" not in told.remedy
+    for kl in (
+        lambda x: (0.05 + 0.32 * math.exp(-20 * x) + 0.3 * x**2) * log_k,  # it falls, then the targets get harder
+        0.1 * log_k,  # one that began with what another run had learnt
+    ):
+        assert state(dino(*size, **untouched, kl=kl, lr=5e-4)) == "learning"
+
+
+def test_a_dino_on_its_way_to_one_point_is_not_good_news() -> None:
+    falling = {"entropy": 0.7, "kl": 0.4, "feature_std": 0.3, "prototypes_used": lambda x: 3.1 + 5 * math.exp(-9 * x)}
+    whole = dino(128, 80, 10, **falling)
+    assert state(whole) == "one point"
+    young = judge_health(run(whole.config, {name: column[:40] for name, column in whole.metrics.items()}))
+    assert young.state == "early" and "of 128 prototypes" in young.reason and "collapse" in young.reason
+    rising = {**falling, "prototypes_used": lambda x: 3 + 3 * x}
+    assert state(dino(128, 80, 10, **rising)) == "learning"
 
 
 def test_dino_is_given_time() -> None:

@@ -84,6 +84,7 @@ NOT_SHARP = ["--model.teacher_temp", 1, "--model.warmup_teacher_temp", 1]
     [
         pytest.param(NO_CENTRE, {"collapsed to one point"}, 60, id="no centring"),
         pytest.param(NOT_SHARP, {"collapsed to uniform"}, 60, id="no sharpening"),
+        pytest.param(["--model.lr", 1e-9, "--model.min_lr", 0], {"not learning"}, 60, id="tiny rate"),
         pytest.param(
             ["--model.lr", 1],
             {"collapsed to one point", "collapsed to uniform", "plateau at ln(K)", "diverging"},
