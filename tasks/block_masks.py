@@ -24,7 +24,11 @@ class Hidden(NamedTuple):
 
     mask: Tensor  # bool [r n], True = hidden
     places: Tensor  # int64 [m], the hidden ones among [r n] flattened
-    weight: Tensor  # float32 [m], 1 / (hidden patches of the same view)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """[m], 1 / (hidden patches of the same view)."""
+        per_view = 1 / self.mask.sum(dim=1).clamp(min=1).to(dtype)
+        return per_view[self.places // self.mask.shape[1]]
 
 
 def hide_blocks(rng: Tensor, views: int, grid: Grid, ratio: tuple[float, float], probability: float) -> Hidden:
@@ -72,6 +76,4 @@ def hide_blocks(rng: Tensor, views: int, grid: Grid, ratio: tuple[float, float],
         failures = torch.where(accepted, 0.0, failures + 1)
         block += 1
     flat = mask.flatten(1)
-    places = flat.flatten().nonzero()[:, 0]
-    weight = (1 / count.clamp(min=1)).float().repeat_interleave(count.long())
-    return Hidden(flat, places, weight)
+    return Hidden(flat, flat.flatten().nonzero()[:, 0])

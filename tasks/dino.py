@@ -230,7 +230,7 @@ class DINO(nn.Module):
                 targets = self.ibot_targets(logits, teacher_temp)
                 statistics |= self._statistics("ibot", self.ibot_targets, logits)
                 del logits
-            ibot = self.ibot_loss(self.student.patch_logits(guessed), targets, hidden.weight, g * b)
+            ibot = self.ibot_loss(self.student.patch_logits(guessed), targets, hidden.weight(targets.dtype), g * b)
             parts["ibot"], loss = ibot.detach(), loss + self.ibot.weight * ibot
         return DINOOutput(loss, parts, health, statistics)
 

@@ -28,8 +28,9 @@ def test_places_and_weights_belong_to_the_mask() -> None:
     rebuilt = torch.zeros(40 * 48, dtype=torch.bool)
     rebuilt[hidden.places] = True
     assert torch.equal(rebuilt.view(40, 48), hidden.mask)
-    per_view = torch.zeros(40).index_add_(0, hidden.places // 48, hidden.weight)
-    torch.testing.assert_close(per_view, hidden.mask.any(dim=1).float())
+    weight = hidden.weight(torch.float64)
+    per_view = torch.zeros(40, dtype=torch.float64).index_add_(0, hidden.places // 48, weight)
+    torch.testing.assert_close(per_view, hidden.mask.any(dim=1).double(), rtol=1e-15, atol=0)
 
 
 def test_as_many_views_and_patches_as_asked_for() -> None:
