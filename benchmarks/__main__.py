@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bytes_only, clip_step, dino_step, loader, mae_step, overhead, scale
+from benchmarks import bytes_only, clip_step, dino_step, loader, mae_step, overhead, probes, scale
 from benchmarks.table import show, write
 
 
@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/latest.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    parts = (overhead, mae_step, clip_step, dino_step, loader, bytes_only, scale)
+    parts = (overhead, mae_step, clip_step, dino_step, loader, bytes_only, scale, probes)
     rows = [row for part in parts for row in part.measure()]
     print(show(rows))
     write(rows, arguments.json)
