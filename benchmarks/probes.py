@@ -1,8 +1,8 @@
 """kNN and linear probe against scikit-learn and plain PyTorch loops on the same features; memory of a large kNN.
 
 Features are drawn: classes around random points, variances that fall as 1 / i along random directions, as those of
-encoders do; 20,000 x 192 to learn from and 2,000 to score, 40 classes, float32. One thread, CPU seconds. Both sides must
-agree about the accuracy, which the rows show.
+encoders do; 20,000 x 192 to learn from and 2,000 to score, 40 classes, float32. One thread, CPU seconds. Both sides
+must agree about the accuracy, which the rows show.
 
 Run: python -m benchmarks.probes
 """
