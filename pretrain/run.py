@@ -99,7 +99,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             data.load_state_dict(saved[type(data).__name__])  # refuses other data before anything is said or written
         done = None if saved is None else int(saved["global_step"])
         if done is not None and done >= trainer.max_steps:
-            print(f"{directory.path} is finished ({done} steps); {_next(directory)}")
+            print(f"{directory.path} is finished ({done} steps); {_next(directory, task)}")
             return directory.path
         if trainer.is_global_zero:
             directory.write_config(yaml.safe_dump(resolved, sort_keys=False))
@@ -251,11 +251,12 @@ def _say_how_it_ended(trainer: Trainer, stop: StopRequest, directory: RunDirecto
             stop.agreed,
         )
     if trainer.is_global_zero:
-        print(f"finished {directory.path} ({total} steps); {_next(directory)}")
+        print(f"finished {directory.path} ({total} steps); {_next(directory, trainer.lightning_module)}")
 
 
-def _next(directory: RunDirectory) -> str:
-    return f"next: trivit evaluate {shlex.quote(str(directory.path))} --train DIR --test DIR"
+def _next(directory: RunDirectory, task: Any) -> str:
+    by_texts = "" if task.tokenize is None else ", or by its texts --test DIR --probes zeroshot,retrieval"
+    return f"next: trivit evaluate {shlex.quote(str(directory.path))} --train DIR --test DIR{by_texts}"
 
 
 def _as_list(value: Any) -> list[Any]:

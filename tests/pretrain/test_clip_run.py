@@ -28,10 +28,11 @@ def rows(run: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def test_micro_batches_keep_every_negative(drawn: Path, tmp_path: Path) -> None:
+def test_micro_batches_keep_every_negative(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for micro_batch in (16, 4):
         run = [*SMALL, "--data.train", drawn, "--output", tmp_path / f"{micro_batch}"]
         assert pretrain(*run, "--data.device_batch_size", micro_batch) == 0
+    assert capsys.readouterr().out.count(", or by its texts --test DIR --probes zeroshot,retrieval") == 2
     whole, parts = rows(tmp_path / "16"), rows(tmp_path / "4")
     assert [row["train/loss"] for row in parts] == pytest.approx([row["train/loss"] for row in whole], rel=1e-4)
     assert all(row["train/effective_batch"] == 16 for row in parts)
