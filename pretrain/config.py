@@ -8,6 +8,7 @@ Top level: `seed`, `epochs`, `output`, `checkpoint_every`, `log_every`, `log_key
 import argparse
 import logging
 import re
+import sys
 import warnings
 from dataclasses import fields
 from difflib import get_close_matches
@@ -25,6 +26,7 @@ from datamodules.errors import DataError
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.errors import RunError
 from pretrain.probe_config import ProbeConfig
+from pretrain.run_directory import launched_rank
 from tasks.encoder_config import EncoderConfig
 from tasks.errors import TaskError
 from tasks.task import PretrainTask
@@ -104,7 +106,45 @@ def parse(arguments: list[str]) -> tuple[PretrainCLI, Namespace]:
         cli = PretrainCLI(spell_nulls(find_configs(arguments)))
     except (ArgumentError, argparse.ArgumentError) as error:
         raise RunError(shorten(str(error))) from error
+    if left_out := leave_out_sizes(cli.config, _encoder_settings(arguments)):
+        arch = cli.config.model.init_args.encoder.arch
+        if launched_rank() == 0:
+            print(f"{arch} has its own {', '.join(left_out)}: what --config says of them is left out", file=sys.stderr)
     return cli, cli.config
+
+
+def leave_out_sizes(config: Namespace, given: set[str]) -> list[str]:
+    """A timm model that is chosen on the command line takes the place of the encoder that the config describes.
+
+    Args:
+        config: width, depth and heads of its encoder become None.
+        given: the encoder's settings on the command line: those stay as they are.
+
+    Returns:
+        What was taken out.
+    """
+    encoder = config.get("model.init_args.encoder")
+    if encoder is None or "arch" not in given or not encoder.arch.startswith("timm:"):
+        return []
+    left_out = [name for name in ("width", "depth", "heads") if name not in given and encoder[name] is not None]
+    for name in left_out:
+        encoder[name] = None
+    return left_out
+
+
+def _encoder_settings(arguments: list[str]) -> set[str]:
+    """Names of the encoder's settings on the command line, one by one or in a mapping."""
+    names = set[str]()
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option = re.fullmatch(r"--model\.(?:init_args\.)?encoder(?:\.(\w+))?(?:=(.*))?", argument, re.DOTALL)
+        if option is None:
+            continue
+        if option[1]:
+            names.add(option[1])
+            continue
+        value = yaml.safe_load(following if option[2] is None else option[2])
+        names |= set(value) if isinstance(value, dict) else set()
+    return names
 
 
 def instantiate(cli: PretrainCLI, config: Namespace) -> Namespace:

@@ -125,3 +125,22 @@ def test_null_takes_away_what_a_config_says() -> None:
         8,
     )
     assert (model.text.vocab_size, model.text.width, model.lr) == (None, 128, 1)
+
+
+def test_a_timm_model_on_the_command_line_needs_no_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Swin or ConvNeXt in the place of a shipped config's encoder; who gives a size to one is told."""
+    command = ["--config", "dino_tin40", "--data.train", "x", "--output", "y"]
+    for chosen in (
+        ["--model.encoder.arch", "timm:test_vit"],
+        ["--model.init_args.encoder.arch=timm:test_vit"],
+        ["--model.encoder", "{arch: timm:test_vit, drop_path: 0.2}"],
+    ):
+        encoder = parse([*command, *chosen])[1].model.init_args.encoder
+        assert (encoder.arch, encoder.width, encoder.depth, encoder.heads) == ("timm:test_vit", None, None, None)
+        assert encoder.pool == "mean" and encoder.eval_resize == 64
+        said = capsys.readouterr().err.splitlines()
+        assert said == ["timm:test_vit has its own width, depth, heads: what --config says of them is left out"]
+    asked = parse([*command, "--model.encoder.arch", "timm:test_vit", "--model.encoder.width", "32"])[1]
+    assert asked.model.init_args.encoder.width == 32  # EncoderConfig refuses it
+    plain = parse([*command, "--model.encoder.arch", "vit_small"])[1].model.init_args.encoder
+    assert (plain.width, plain.depth) == (192, 6)
