@@ -3,7 +3,8 @@
 The loss is known when the forward pass ends, so it is copied to the host behind the forward pass and read after the
 backward pass has been queued: an accelerator never waits for the check. The gradient norm is only known when the
 backward pass has ended. On a CPU it is checked at once; an accelerator itself skips an optimiser step whose norm is
-bad, and the host learns of it one step later, or before a checkpoint is written, whichever comes first.
+bad and sends the norm to the host, which reads it one step later, when the next backward pass has been queued, or
+before a checkpoint is written, whichever comes first.
 """
 
 import json
@@ -21,11 +22,31 @@ from pretrain.stop import StopRequest
 from tasks.gradients import skip_step_unless_finite
 
 
+class Sent:
+    """A scalar that is sent to the host behind what its device has queued so far.
+
+    Reading it (`float`) waits for that, and not for what has been queued since.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._arrived = value.detach(), None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def __float__(self) -> float:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)
+
+
 class Norm(NamedTuple):
     """Gradient norm of an optimiser step (counted from 1), perhaps still on its way, and the samples behind it."""
 
     step: int
-    norm: Tensor
+    norm: Sent
     keys: list[list[str]]
 
 
@@ -36,9 +57,9 @@ class FiniteGuard(Callback):
         self.directory = directory
         self.stop = stop
         self.grad_norm: Tensor | None = None  # of the newest optimiser step
-        self._losses: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._losses: list[Sent] = []
         self._keys: list[list[str]] = []
-        self._unread = Norm(0, torch.zeros(()), [])
+        self._unread = Norm(0, Sent(torch.zeros(())), [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember which samples this micro-batch holds."""
@@ -46,26 +67,15 @@ class FiniteGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Send the loss to the host without waiting for it."""
-        if not loss.is_cuda:
-            self._losses.append((loss.detach(), None))
-            return
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-        host.copy_(loss.detach(), non_blocking=True)
-        event.record()
-        self._losses.append((host, event))
+        self._losses.append(Sent(loss))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Collective: agree on bad losses, stop signals and failures of single ranks before the weights move."""
-        losses = []
-        for loss, event in self._losses:
-            if event is not None:
-                event.synchronize()
-            losses.append(float(loss) * trainer.accumulate_grad_batches)
+        losses = [float(loss) * trainer.accumulate_grad_batches for loss in self._losses]
         bad_micro = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         self.grad_norm = torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.zeros(())
-        now = Norm(trainer.global_step + 1, self.grad_norm, self._keys)
+        now = Norm(trainer.global_step + 1, Sent(self.grad_norm), self._keys)
         if not self.grad_norm.is_cuda:
             self._unread = now
         bad_norm = self._norm_is_bad(trainer)
