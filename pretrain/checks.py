@@ -12,6 +12,8 @@ from datamodules.normalize import check_channels
 from datamodules.remote import check_url, is_remote
 from pretrain.errors import RunError
 from tasks.encoder_config import EncoderConfig
+from tasks.encoders import Encoder
+from tasks.task import PretrainTask
 
 # trivit decides these itself; a user who set one would be ignored, so it is refused with the key to use instead.
 DERIVED = {
@@ -106,6 +108,25 @@ def _check_patches(config: Namespace) -> None:
                 f"data.recipe.{name} {size} is not a multiple of model.encoder.patch_size {patch}: the nearest are "
                 f"{' and '.join(near)}"
             )
+
+
+def check_sizes(task: PretrainTask, recipe: Namespace) -> None:
+    """RunError when a timm model cannot see a crop: some are built for one size; only trying it tells."""
+    encoder = task.get_submodule(task.encoder_prefix.removesuffix("."))
+    assert isinstance(encoder, Encoder)
+    if encoder.config.timm_name is None or encoder.maskable:
+        return
+    arch, crop = encoder.config.arch, recipe.crop_size
+    if reason := encoder.cannot_see(crop):
+        raise RunError(
+            f"{arch} cannot see images of {crop} pixels ({reason}): set another --data.recipe.crop_size, or take "
+            "another model"
+        )
+    if recipe.get("local_views") and (reason := encoder.cannot_see(recipe.local_size)):
+        raise RunError(
+            f"{arch}, built for {crop} pixels, cannot see local views of {recipe.local_size}: set "
+            f"--data.recipe.local_views 0 or --data.recipe.local_size {crop}"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from torch import distributed
 from datamodules.manifest import SKIPPED
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.checkpoints import Checkpoints
-from pretrain.checks import check, fill_in, max_steps
+from pretrain.checks import check, check_sizes, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
 from pretrain.cost import peak_rate
 from pretrain.errors import Interrupted, RunError, RunFailure
@@ -80,6 +80,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         data.bad_samples_file = directory.bad_samples
         data.tokenize, data.whole_batches = task.tokenize, task.whole_batches
         _match(task, data)
+        check_sizes(task, config.data.recipe.init_args)
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)

@@ -143,6 +143,19 @@ class Encoder(nn.Module):
         """Feature vectors [b f] of images [b c h w], pooled as the config says."""
         return self.pool(self(images))
 
+    @torch.no_grad()
+    def cannot_see(self, side: int) -> str | None:
+        """Why square images of `side` pixels cannot go through; None when they can. One black image tells."""
+        placed = next(self.parameters())
+        training = self.training
+        try:
+            self.eval()(torch.zeros(1, self.config.in_chans, side, side, dtype=placed.dtype, device=placed.device))
+        except Exception as error:  # each family of timm fails in its own way
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+        finally:
+            self.train(training)
+        return None
+
     def position_table(self, height: int, width: int) -> Tensor | None:
         """What is added to the tokens of an image of that many pixels, [n d] or [1+n d] with the class token's row.
 

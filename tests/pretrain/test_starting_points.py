@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tasks import load_encoder
+from tasks.encoder_config import EncoderConfig
+from tasks.encoders import Encoder
 from tests.pretrain.conftest import SMALL as MAE
 from tests.pretrain.conftest import pretrain
 from tests.pretrain.test_clip_run import SMALL as CLIP
@@ -49,3 +51,18 @@ def test_dino_from_a_mae_run(drawn: Path, tmp_path: Path) -> None:
     start, end = load_encoder(tmp_path / "mae").trunk, load_encoder(tmp_path / "dino").trunk
     moved = [(start.state_dict()[name] - value).abs().max() for name, value in end.state_dict().items()]
     assert 0 < max(moved) < 0.05  # the teacher has followed a student that began there
+
+
+def test_a_timm_model_of_one_image_size(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told before a step is taken; what is named as the remedy is none of it."""
+    command = [
+        "--config", "dino_demo", "--model.encoder.arch", "timm:efficientformerv2_s0", "--data.train", drawn,
+        "--data.recipe.crop_size", 64, "--data.recipe.local_size", 32, "--data.global_batch_size", 8,
+        "--data.workers", 0, "--model.warmup_steps", 0, "--model.freeze_last_layer_epochs", 0,
+        "--model.head.hidden_width", 16, "--trainer.max_steps", 1, "--output", tmp_path / "run",
+    ]  # fmt: skip
+    assert pretrain(*command, "--data.recipe.local_views", 1) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "local views of 32" in said and "--data.recipe.local_views 0 or --data.recipe.local_size 64" in said
+    encoder = Encoder(EncoderConfig("timm:efficientformerv2_s0", image_size=64, pool="mean"))
+    assert encoder.cannot_see(32) and encoder.cannot_see(64) is None and encoder.training
