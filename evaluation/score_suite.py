@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from tasks.errors import TaskError
 
 
 def evaluate_suite(
-    source: str | os.PathLike[str], suite: str, *, output: str | os.PathLike[str] | None = None, **options: Any
-) -> dict[str, Any]:
+    source: str | os.PathLike[str], suite: str, *, output: str | os.PathLike[str] | None = None,
+    settings: Sequence[str] = (), **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Score an encoder on all tasks of a suite; under torchrun all processes extract features.
 
     A task that cannot be scored is told and left out. What a task found goes to `suites/SUITE/TASK/results.json` beside
@@ -34,6 +36,7 @@ def evaluate_suite(
         source: as for `evaluate`.
         suite: a file, or the name of a shipped one, see `read_suite`.
         output: a folder; None: the run.
+        settings: of the probes, NAME=VALUE; they go before those of a task.
         options: as for `evaluate`, the same for all tasks.
 
     Returns:
@@ -44,6 +47,7 @@ def evaluate_suite(
         EvaluationError: the suite cannot be read, or nowhere to write. TaskError: no such encoder.
     """
     name, tasks = read_suite(suite)
+    with_options(ProbeSettings(), settings)
     place = results_file(source, output)
     if place is None:
         raise EvaluationError(f"the results of {source} have no place: give --output")
@@ -61,7 +65,7 @@ def evaluate_suite(
             tell(f"{name}, task {number} of {len(tasks)}: {task.name}")
             folder = place.parent / "suites" / name / task.name
             try:
-                found[task.name] = _score(source, task, folder, {**options, "team": team})
+                found[task.name] = _score(source, task, folder, settings, {**options, "team": team})
             except (EvaluationError, DataError, TaskError) as error:
                 failed[task.name] = " ".join(str(error).split())
                 tell(f"{task.name} could not be scored: {failed[task.name]}")
@@ -91,10 +95,12 @@ def suite_table(name: str, result: dict[str, Any]) -> str:
     return "\n" + table([name, "metric", "%", "95% interval"], rows) + "\n"
 
 
-def _score(source: str | os.PathLike[str], task: Task, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    settings = with_options(options.pop("settings", None) or ProbeSettings(), task.set)
+def _score(
+    source: str | os.PathLike[str], task: Task, folder: Path, settings: Sequence[str], options: dict[str, Any]
+) -> dict[str, Any]:
+    chosen = with_options(ProbeSettings(), (*task.set, *settings))
     results = evaluate(
-        source, train=task.train, test=task.test, probes=task.probes, output=folder, settings=settings,
+        source, train=task.train, test=task.test, probes=task.probes, output=folder, settings=chosen,
         templates=task.templates, class_names=task.class_names, captions=task.captions, **options,
     )  # fmt: skip
     probe, _, number = task.number.partition(".")

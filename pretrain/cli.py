@@ -320,7 +320,6 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
     from evaluation.probe_options import with_options
     from evaluation.probes import ProbeSettings
 
-    settings = with_options(ProbeSettings(), arguments.options)
     how = {name: getattr(arguments, name) for name in ("output", "pool", "image_size", "precision")}
     if arguments.suite is not None:
         from evaluation.score_suite import evaluate_suite
@@ -328,7 +327,8 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         of_tasks = ("train", "test", "probes", "templates", "class_names", "class_fields", "captions")
         if given := [name for name in of_tasks if getattr(arguments, name) is not None]:
             arguments.parser.error(f"--{given[0].replace('_', '-')} is for one task: the file of --suite says it")
-        return 1 if evaluate_suite(arguments.source, arguments.suite, settings=settings, **how).get("failed") else 0
+        found = evaluate_suite(arguments.source, arguments.suite, settings=arguments.options, **how)
+        return 1 if found.get("failed") else 0
     if arguments.test is None:
         arguments.parser.error("give --test, or --suite")
     from evaluation.together import evaluate_together
@@ -338,7 +338,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         train=arguments.train,
         test=arguments.test,
         probes=tuple(name.strip() for name in (arguments.probes or "knn,linear").split(",")),
-        settings=settings,
+        settings=with_options(ProbeSettings(), arguments.options),
         templates=arguments.templates,
         class_names=arguments.class_names,
         class_fields=arguments.class_fields and [name.strip() for name in arguments.class_fields.split(",")],

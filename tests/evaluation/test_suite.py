@@ -102,6 +102,9 @@ def test_a_run_is_scored_on_all_tasks_and_what_fails_is_told(
     assert "mean of 2" in told.out and "not scored" in told.out
     assert main(["report", str(run)]) == 0
 
+    assert main(["evaluate", str(run), "--suite", str(tmp_path / "mine.yaml"), "--set", "ks=7"]) == 1
+    fair = json.loads((run / "suites" / "mine" / "fair" / "results.json").read_text())
+    assert fair["knn"]["protocol"]["ks"] == [7], "the command line is nearer than the file"
     for wrong, line in ((["--test", "x"], "--test is for one task"), (["--probes", "knn"], "--probes is for one")):
         with pytest.raises(SystemExit) as exit_code:
             main(["evaluate", str(run), "--suite", str(tmp_path / "mine.yaml"), *wrong])
@@ -109,3 +112,14 @@ def test_a_run_is_scored_on_all_tasks_and_what_fails_is_told(
     with pytest.raises(SystemExit):
         main(["evaluate", str(run)])
     assert "give --test, or --suite" in capsys.readouterr().err
+
+
+def test_the_drawn_suite_runs(tmp_path: Path, cache: Path, encoder_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part, seed in (("train", 0), ("test", 1)):
+        folder = tmp_path / "data" / "drawn" / part
+        assert main(["shards", "synth", str(folder), "--samples", "60", "--seed", str(seed), "--size", "32"]) == 0
+    monkeypatch.setenv("TRIVIT_DATA", str(tmp_path / "data"))
+    few = ["--set", "segmentation.steps=2", "--set", "strengths=1"]
+    assert main(["evaluate", str(encoder_file), "--suite", "drawn", "--output", str(tmp_path / "out"), *few]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["suite:drawn"]
+    assert set(found["of"]) == {"shape", "outline"} and found["of"]["outline"]["metric"] == "segmentation.miou"
