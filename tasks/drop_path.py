@@ -40,19 +40,24 @@ class KeyedDropPath(DropPath):  # type: ignore[misc]
         return x * noise.view(-1, *[1] * (x.ndim - 1))
 
 
-def use_keyed_drop_path(module: nn.Module) -> None:
+def use_keyed_drop_path(module: nn.Module, share: float | None = None) -> None:
     """Puts a KeyedDropPath in the place of every DropPath of a module, and of what timm has for one that never drops.
 
     A module without drop path stays as it is.
+
+    Args:
+        module: whose parts are replaced.
+        share: drop_prob of all of them; None: each keeps its own.
     """
     children = [(parent, name, child) for parent in module.modules() for name, child in parent.named_children()]
-    if not any(isinstance(child, DropPath) and child.drop_prob for _, _, child in children):
+    if not share and not any(isinstance(child, DropPath) and child.drop_prob for _, _, child in children):
         return
     for parent, name, child in children:
         if isinstance(child, DropPath):
-            setattr(parent, name, KeyedDropPath(child.drop_prob or 0.0, child.scale_by_keep))
+            own = child.drop_prob or 0.0
+            setattr(parent, name, KeyedDropPath(own if share is None else share, child.scale_by_keep))
         elif isinstance(child, nn.Identity) and name.startswith("drop_path"):
-            setattr(parent, name, KeyedDropPath(0.0))  # timm's first blocks, which are to compute what the others do
+            setattr(parent, name, KeyedDropPath(share or 0.0))  # of first blocks, which now compute what the others do
 
 
 @contextmanager

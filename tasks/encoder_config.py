@@ -34,8 +34,8 @@ class EncoderConfig:
 
     Args:
         arch: vit_tiny, vit_small, vit_base, vit_large, vit_huge, or `timm:NAME` (untrained weights) for any timm model;
-            with timm only image_size, in_chans, bits, drop_path, pool, mean, std and eval_resize apply, and the
-            encoder's own `config` afterwards tells patch_size and class_token as the model has them.
+            with timm only image_size, in_chans, bits, drop_path, drop_path_uniform, pool, mean, std and eval_resize
+            apply, and the encoder's own `config` afterwards tells patch_size and class_token as the model has them.
         image_size: side of the square training images, in pixels.
         patch_size: side of a patch, in pixels; it divides image_size.
         width: channels of a token; None: the arch's.
@@ -50,6 +50,7 @@ class EncoderConfig:
         registers: further prefix tokens without a position (Darcet et al. 2024, arXiv:2309.16588).
         layer_scale: initial value of LayerScale; None: no LayerScale.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_path_uniform: the same in all blocks instead (DINOv2).
         norm_eps: epsilon of every LayerNorm.
         qkv_bias: whether query, key and value have a bias.
         pre_norm: a LayerNorm before the first block, and no bias in the patch embedding (CLIP).
@@ -75,6 +76,7 @@ class EncoderConfig:
     registers: int = 0
     layer_scale: float | None = None
     drop_path: float = 0.0
+    drop_path_uniform: bool = False
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     pre_norm: bool = False

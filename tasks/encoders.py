@@ -53,7 +53,7 @@ class Encoder(nn.Module):
             self.config = measured_config(config, self.trunk)
         if self.config.pool != "mean" and not self.config.class_token:
             raise TaskError(f"{config.arch} has no class token: set encoder.pool: mean")
-        use_keyed_drop_path(self.trunk)
+        use_keyed_drop_path(self.trunk, config.drop_path if config.drop_path_uniform else None)
         self.maskable = is_maskable(self.trunk)
         self.width: int = self.trunk.num_features
         self.num_prefix: int = getattr(self.trunk, "num_prefix_tokens", 0)

@@ -51,3 +51,14 @@ def test_small_config_trains(name: str, tmp_path: Path) -> None:
     with (tmp_path / "run/metrics.csv").open() as file:
         assert len(file.readlines()) == 5
     assert load_encoder(tmp_path / "run").features(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
+def test_dinov2_is_as_it_was_published() -> None:
+    """Where the authors' code does something else than the paper says, as their weights were trained."""
+    cli, config = parse(["--config", "dinov2_vitl16_in1k", "--data.train", "unused", "--output", "unused"])
+    fill_in(config)
+    with torch.device("meta"):
+        student = instantiate(cli, config).model.model.student
+    shares = {path.drop_prob for block in student.encoder.blocks for path in (block.drop_path1, block.drop_path2)}
+    assert shares == {0.3} and student.patch_head is None
+    assert list(config.data.recipe.init_args.blur_probability) == [0.0, 0.9, 0.5]  # dinov2 pull request 411

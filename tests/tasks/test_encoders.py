@@ -96,6 +96,11 @@ def test_drop_path_grows_with_depth_and_follows_the_seed():
     encoder = built(drop_path=0.4, depth=3)
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in encoder.blocks]
     assert rates == pytest.approx([0.0, 0.2, 0.4])
+    for arch in ("vit_tiny", "timm:test_vit"):
+        config = EncoderConfig(arch=arch, image_size=32, drop_path=0.4, drop_path_uniform=True, pool="cls")
+        uniform = Encoder(config if arch != "vit_tiny" else replace(config, depth=1))
+        paths = [path for block in uniform.blocks for path in (block.drop_path1, block.drop_path2)]
+        assert [path.drop_prob for path in paths] == [0.4] * len(paths)
     images = torch.randn(4, 3, 32, 32)
     encoder.train()
     runs = []
