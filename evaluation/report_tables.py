@@ -108,7 +108,7 @@ def outdated(run: Run) -> str | None:
     from tasks.encoder_files import checkpoint_hash
 
     protocol = test_set(run)
-    if protocol is None or not run.checkpoint.is_file() or "checkpoint" not in protocol:
+    if protocol is None or not run.checkpoint.exists() or "checkpoint" not in protocol:
         return None
     of_this_run = Path(protocol.get("source", "")).resolve() in (run.path.resolve(), run.checkpoint.resolve())
     if not of_this_run or protocol["checkpoint"] == checkpoint_hash(run.path):

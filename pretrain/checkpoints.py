@@ -1,34 +1,37 @@
 """Atomic checkpoints at optimiser steps: `checkpoints/last.ckpt` is always a whole one."""
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.errors import DataError
+from pretrain.checkpoint_files import LAST, PART, load_pieces, put_in_place, remove
 from pretrain.errors import AgreedFailure, RunError, RunFailure
 from pretrain.guard import FiniteGuard
 from pretrain.stop import StopRequest
 
 
 class Checkpoints(Callback):
-    """Saves `last.ckpt` every `every` optimiser steps, at the end, and when the ranks agreed to stop."""
+    """Saves `last.ckpt` every `every` optimiser steps, at the end, and when the ranks agreed to stop.
+
+    `spoiled`: the last.ckpt that is there cannot be read and is not worth keeping as the one before.
+    """
 
     def __init__(self, directory: Path, every: int, stop: StopRequest, guard: FiniteGuard) -> None:
         self.directory = directory
         self.every = every
         self.stop = stop
         self.guard = guard
+        self.spoiled = False
         self._saved_step = sys.maxsize  # nothing can be worth saving before training starts
 
     @property
     def last(self) -> Path:
         """The newest whole checkpoint."""
-        return self.directory / "last.ckpt"
+        return self.directory / LAST
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing new to save before the first step; Lightning has replaced some signal handlers by now."""
@@ -57,15 +60,16 @@ class Checkpoints(Callback):
     def save(self, trainer: Trainer) -> None:
         """Collective: write aside, flush to the disk, rename; a full disk leaves the previous checkpoint as it is."""
         self.guard.check_before_saving(trainer)
-        aside = self.directory / "last.ckpt.part"
+        aside = self.directory / PART
         try:
             self._save_aside(trainer, aside)
             if trainer.is_global_zero:
-                with aside.open("rb+") as file:
-                    os.fsync(file.fileno())
-                aside.replace(self.last)
+                put_in_place(aside, keep=not self.spoiled)
+                self.spoiled = False
         except OSError as error:
-            aside.unlink(missing_ok=True)
+            if trainer.is_global_zero:
+                with contextlib.suppress(OSError):
+                    remove(aside)
             kept = f"the checkpoint of step {self._saved_step} is whole" if self.last.exists() else "there is no other"
             self.stop.fail(RunFailure(
                 f"could not write a checkpoint to {self.directory} ({error.strerror or error}); {kept}. "
@@ -87,7 +91,7 @@ class Checkpoints(Callback):
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint holds, its tensors mapped and not yet read; RunError when the file is damaged."""
     try:
-        state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        state = load_pieces(checkpoint)
         int(state["global_step"])
         return state
     except Exception as error:

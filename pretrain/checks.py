@@ -56,11 +56,24 @@ def check(config: Namespace) -> None:
     ):  # fmt: skip
         if config[key] < 1:
             raise RunError(f"{key} counts {unit} and must be at least 1, not {config[key]}")
+    _check_strategy(config)
     defaults = {name: parameter.default for name, parameter in signature(Trainer).parameters.items()}
     for key, instead in DERIVED.items():
         value = config.trainer.get(key)
         if value is not None and value != defaults[key]:
             raise RunError(f"trainer.{key} follows from other settings; use {instead}")
+
+
+def _check_strategy(config: Namespace) -> None:
+    strategy, precision = config.trainer.strategy, str(config.trainer.precision)
+    if (
+        isinstance(strategy, str)
+        and strategy.startswith(("fsdp", "modelparallel", "deepspeed"))
+        and strategy != "fsdp2"
+    ):
+        raise RunError(f"trainer.strategy {strategy}: what shards the model here is called fsdp2")
+    if strategy == "fsdp2" and precision in ("16", "16-mixed", "16-true"):
+        raise RunError(f"trainer.precision {precision} does not go with fsdp2: take bf16-mixed or 32-true")
 
 
 def fill_in(config: Namespace) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from pretrain.errors import NonFiniteError
 from pretrain.stop import StopRequest
-from tasks.gradients import skip_step_unless_finite
+from tasks.gradients import gradient_norms, skip_step_unless_finite
 
 
 class Sent:
@@ -74,7 +74,7 @@ class FiniteGuard(Callback):
         losses = [float(loss) * trainer.accumulate_grad_batches for loss in self._losses]
         bad_micro = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        self.grad_norm = torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.zeros(())
+        self.grad_norm = gradient_norms(gradients).norm() if gradients else torch.zeros(())
         now = Norm(trainer.global_step + 1, Sent(self.grad_norm), self._keys)
         if not self.grad_norm.is_cuda:
             self._unread = now

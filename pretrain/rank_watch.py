@@ -15,6 +15,7 @@ from datamodules.normalize import normalize
 from evaluation.rankme import rankme
 from pretrain.metrics import Metrics
 from tasks.blocks import is_compiled
+from tasks.sharding import gathered, is_sharded
 
 IMAGES = 256
 SHARE = 0.01
@@ -28,7 +29,7 @@ class RankWatch(Callback):
     does the value at a step. How often there is one depends on the machine: a pass is made at the next row for which
     all that was spent on this (reading, and passes; their cost is measured), the pass included, is below SHARE of the
     time since training began. Weights, random state and stream are not touched. Rank 0 works alone and the others wait
-    for it in the next collective; the encoder must be whole on it (DDP, not sharded).
+    for it in the next collective; a sharded encoder needs them all for a pass, and rank 0 tells them which images.
 
     Args:
         metrics: it stands behind this callback and writes the rows.
@@ -70,15 +71,29 @@ class RankWatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reads an image as long as there is time for it; then measures, when a row is due and there is time for it."""
-        if not trainer.is_global_zero or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        while self._source is not None and self._may_spend(0):
+        encoder: Any = pl_module.get_submodule(str(pl_module.encoder_prefix).removesuffix("."))
+        together = is_sharded(encoder)
+        while trainer.is_global_zero and self._source is not None and self._may_spend(0):
             self._timed(self._read)
-        if self._batch is None or not self.due(trainer):
+        if not self.due(trainer) or not (trainer.is_global_zero or together):
             return
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()  # what is still queued is training
-        encoder: Any = pl_module.get_submodule(str(pl_module.encoder_prefix).removesuffix("."))
+        if trainer.is_global_zero:
+            self._spend(trainer, encoder)
+            if together:
+                trainer.strategy.broadcast(None)
+            return
+        told: Any = trainer.strategy.broadcast
+        while (images := told(None)) is not None:
+            self._encode(trainer, encoder, images)
+
+    def _spend(self, trainer: Trainer, encoder: Any) -> None:
+        """Measures, if there is time for it."""
+        if self._batch is None:
+            return
         count = len(self._batch)
         if self._pass_seconds is None:
             # A step goes forwards and backwards over each of its images, which takes longer than a pass over as many.
@@ -121,18 +136,31 @@ class RankWatch(Callback):
     def _measure(self, trainer: Trainer, encoder: Any, count: int) -> dict[str, float] | None:
         """Of the first `count` images; None where there is no memory for it, and then never again."""
         assert self._batch is not None
+        images, together = self._batch[:count], is_sharded(encoder)
+        if together:
+            trainer.strategy.broadcast(images)
+        try:
+            features = self._encode(trainer, encoder, images)
+        except torch.OutOfMemoryError:
+            if together:
+                raise  # the other ranks are in the middle of the pass
+            self._batch = None
+            return None
+        return self.score(features) if count == len(self._batch) else None
+
+    def _encode(self, trainer: Trainer, encoder: Any, images: Tensor) -> Tensor:
+        """Features [n d]; collective where the encoder is sharded."""
         micro_batch = trainer.datamodule.layout(trainer.world_size).micro_batch  # type: ignore[attr-defined]
         config, device = encoder.config, trainer.strategy.root_device
         dtype = next(encoder.parameters()).dtype
-        # Not inference_mode: what an encoder keeps for later (rotary tables) will be needed with gradients.
-        with torch.no_grad(), evaluating(encoder):
-            parts = self._batch[:count].split(micro_batch)  # type: ignore[no-untyped-call]
-            try:
-                rows = [encoder.features(normalize(part.to(device), config.mean, config.std, dtype)) for part in parts]
-            except torch.OutOfMemoryError:
-                self._batch = None
-                return None
-            return self.score(torch.cat(rows)) if count == len(self._batch) else None
+        model: Any = trainer.lightning_module.model
+        # What is gathered in 16 bits needs autocast around it. Not inference_mode: what an encoder keeps for later
+        # (rotary tables) will be needed with gradients.
+        precision = trainer.precision_plugin.train_step_context() if is_sharded(encoder) else contextlib.nullcontext()
+        with torch.no_grad(), evaluating(encoder), gathered(model), precision:
+            parts = images.split(micro_batch)  # type: ignore[no-untyped-call]
+            rows = [encoder.features(normalize(part.to(device), config.mean, config.std, dtype)) for part in parts]
+        return torch.cat(rows).to(dtype)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Read `train` from top to bottom: it is the whole life of a run.
 """
 
+import contextlib
 import logging
 import os
 import shlex
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -23,11 +25,13 @@ from torch import distributed
 
 from datamodules.manifest import SKIPPED
 from datamodules.shard_datamodule import ShardDataModule
+from pretrain.checkpoint_files import LAST, CheckpointFiles
 from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, check_sizes, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
 from pretrain.cost import peak_rate
 from pretrain.errors import Interrupted, RunError, RunFailure
+from pretrain.fsdp import NAME as FSDP2
 from pretrain.guard import FiniteGuard
 from pretrain.health_watch import HealthWatch
 from pretrain.key_log import KeyLog
@@ -72,11 +76,16 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
     directory = RunDirectory(Path(config.output))
     directory.claim()
     try:
+        # With fsdp2 the first rank alone builds the model in full; the others get their rows of it.
+        hollow = config.trainer.strategy == FSDP2 and launched_rank() > 0
         with vocabulary_of_the_run(directory.path, config):
-            parts = instantiate(cli, config)
+            with torch.device("meta") if hollow else contextlib.nullcontext():
+                parts = instantiate(cli, config)
             peak = peak_rate(cli, config) if launched_rank() == 0 else None
         data: ShardDataModule = parts.data
         task: PretrainTask = parts.model
+        if config.trainer.precision in ("64-true", "64", 64):
+            task.double()  # Lightning would do it after a checkpoint has been read, which would be rounded
         data.bad_samples_file = directory.bad_samples
         data.tokenize, data.whole_batches = task.tokenize, task.whole_batches
         _match(task, data)
@@ -94,23 +103,28 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             resolved["trainer"]["max_steps"] = -1  # the length is said once, so that config.yaml is itself a config
         if directory.config.exists() and directory.has_trained():
             directory.check_same_run(resolved, config.allow_changes)
-        saved = directory.checkpoint()
+        found = directory.checkpoint()
         data.allow_changes = config.allow_changes
-        if saved is not None:
+        checkpoint, saved, damaged = found if found is not None else (None, {}, [])
+        if checkpoint is not None:
             data.load_state_dict(saved[type(data).__name__])  # refuses other data before anything is said or written
-        done = None if saved is None else int(saved["global_step"])
+        done = None if checkpoint is None else int(saved["global_step"])
         if done is not None and done >= trainer.max_steps:
             print(f"{directory.path} is finished ({done} steps); {_next(directory, task)}")
             return directory.path
         if trainer.is_global_zero:
             directory.write_config(yaml.safe_dump(resolved, sort_keys=False))
             directory.keep_skipped(data.manifest.root)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints):
+                callback.spoiled = checkpoint is not None and checkpoint.name != LAST
+        if damaged and trainer.is_global_zero:
+            print(f"{'; '.join(damaged)}: going on from {checkpoint}", file=sys.stderr)
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
         # Until training starts a signal ends us at once, nothing is lost by it; but SLURM must be asked to requeue.
         stop.listen((signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else ())
         try:
-            checkpoint = directory.last if done is not None else None
             watchdog.watch(launched_rank(), trainer.world_size)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
@@ -162,9 +176,10 @@ def _trainer(
         "use_distributed_sampler": False,
         "default_root_dir": str(directory.path),
     }
+    own["plugins"] = [*_as_list(settings.plugins), CheckpointFiles()]
     if SLURMEnvironment.detect():
         # Lightning's own requeueing saves inside the signal handler; ours does where all ranks agree (`stop`).
-        own["plugins"] = [*_as_list(settings.plugins), SLURMEnvironment(auto_requeue=False)]
+        own["plugins"] += [SLURMEnvironment(auto_requeue=False)]
     try:
         return Trainer(**{**dict(settings), **own}), progress
     except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:

@@ -5,18 +5,19 @@ report.html
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from datamodules.manifest import SKIPPED
+from pretrain.checkpoint_files import find_checkpoint
 from pretrain.checkpoints import read_checkpoint
 from pretrain.errors import RunError
+from pretrain.run_lock import RunLock
 
 # What does not change what is learned: where and how fast it runs, and how often it reports. `data.train` may move,
 # because the manifest hash in the checkpoint still tells whether it is the same data; so may a vocabulary, all of which
@@ -25,6 +26,7 @@ MAY_CHANGE = (
     "output", "allow_changes", "checkpoint_every", "log_every", "log_keys", "start_timeout", "step_timeout", "wandb",
     "probe", "data.train", "model.text.tokenizer", "data.workers", "data.device_batch_size", "data.bad_sample_budget",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark",
+    "model.compile_blocks", "model.activation_checkpointing",
 )  # fmt: skip
 
 
@@ -39,7 +41,7 @@ class RunDirectory:
         self.bad_samples = path / "bad_samples.jsonl"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
-        self._lock: TextIO | None = None
+        self._lock = RunLock(path)
         self._created = False
 
     def claim(self) -> None:
@@ -61,8 +63,7 @@ class RunDirectory:
             raise RunError(
                 f"--output {self.path}: this folder cannot be made ({error.strerror}); name another one"
             ) from error
-        while self._lock is None:
-            self._lock = self._locked()
+        self._lock.take()
 
     def _holds_a_run(self) -> bool:
         """Whether config.yaml is one of ours, or so damaged that it may have been."""
@@ -74,34 +75,14 @@ class RunDirectory:
             return True
         return isinstance(config, dict) and {"model", "data", "trainer"} <= config.keys()
 
-    def _locked(self) -> TextIO | None:
-        """The lock, or None when the run that held it has just ended and taken the file away. RunError as `claim`."""
-        place = self.path / ".lock"
-        try:
-            lock = place.open("w")
-        except OSError as error:
-            raise RunError(f"--output {self.path} cannot be written ({error.strerror}); name another folder") from error
-        try:
-            # Unlike flock this does not pass on to loader workers, which may outlive a killed run for a moment.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise RunError(f"another process trains in {self.path}; wait for it or name another --output") from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), place.stat()):
-                return lock
-        lock.close()
-        return None
-
     def release(self) -> None:
         """Let another process train here; a folder that we made and in which nothing happened is removed."""
-        if self._lock is None:
+        if not self._lock.taken:
             return
-        (self.path / ".lock").unlink(missing_ok=True)  # still locked, so nobody else has begun here
-        if self._created and not any(self.path.iterdir()):
-            self.path.rmdir()
-        self._lock.close()
-        self._lock = None
+        self._lock.release()
+        if self._created:
+            with contextlib.suppress(OSError):  # it is not empty, or somebody has begun in it since
+                self.path.rmdir()
 
     def write_config(self, text: str) -> None:
         """Write config.yaml aside and rename it."""
@@ -123,9 +104,13 @@ class RunDirectory:
         rows = self.metrics.read_text(errors="replace").splitlines()[1:] if self.metrics.is_file() else []
         return bool(rows) or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
-    def checkpoint(self) -> dict[str, Any] | None:
-        """What the last checkpoint holds; None before the first one."""
-        return read_checkpoint(self.last) if self.last.exists() else None
+    def checkpoint(self) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """The newest whole checkpoint, what it holds, and what is wrong with newer ones; None before the first one.
+
+        RunError when there are some and none is whole.
+        """
+        path, findings = find_checkpoint(self.checkpoints)
+        return None if path is None else (path, read_checkpoint(path), findings)
 
     def check_same_run(self, config: dict[str, Any], allowed: list[str]) -> None:
         """RunError when `config` differs from the saved one in a key that changes what is learned.

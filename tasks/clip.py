@@ -21,6 +21,7 @@ from tasks.drop_path import drop_path_keys
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
 from tasks.masks import random_noise, split_patches, visible_patches
+from tasks.sharding import local
 from tasks.siglip_loss import SigLIPLoss
 from tasks.text_tower import TextConfig, TextTower
 
@@ -158,15 +159,15 @@ class CLIP(nn.Module):
 
     def contrast(self, image: Tensor, text: Tensor) -> Tensor:
         """Collective: this rank's share of the loss over all pairs of all ranks, from vectors of length 1 [b e]."""
-        scale = self.logit_scale.exp()
+        scale = local(self.logit_scale).exp()
         if self.logit_bias is None:
             return self.clip_loss(image, text, scale)  # type: ignore[no-any-return]
-        return self.siglip_loss(image, text, scale, self.logit_bias)  # type: ignore[no-any-return]
+        return self.siglip_loss(image, text, scale, local(self.logit_bias))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def clamp(self, largest: float) -> None:
         """Keeps the factor on the cosines between 1 and `largest` (CLIP, section 2.5); not collective."""
-        self.logit_scale.clamp_(0, math.log(largest))
+        local(self.logit_scale).clamp_(0, math.log(largest))
 
     def _encode(self, images: Tensor, ids: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         keep = None

@@ -5,12 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
-from tasks.blocks import compile_forward
 from tasks.clip import CLIP, Head, Loss
 from tasks.clip_health import clip_health
 from tasks.collectives import world_size
@@ -18,6 +17,7 @@ from tasks.dino_schedules import cosine
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
+from tasks.sharding import local
 from tasks.starting_point import take_clip, take_encoder
 from tasks.task import PretrainTask
 from tasks.text_tower import TextConfig, trim
@@ -49,6 +49,7 @@ class CLIPTask(PretrainTask):
         betas: AdamW's averaging rates.
         eps: AdamW's.
         compile_blocks: compile each block of both towers (torch.compile).
+        activation_checkpointing: compute each block again in the backward pass instead of keeping what it computed.
 
     Raises:
         TaskError: settings that contradict each other; when training starts, also those that the run contradicts.
@@ -80,6 +81,7 @@ class CLIPTask(PretrainTask):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-6,
         compile_blocks: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(lr, base_lr, min_lr, warmup_epochs, warmup_steps, weight_decay, betas)
         if max_logit_scale < 1:
@@ -90,7 +92,8 @@ class CLIPTask(PretrainTask):
             raise TaskError("lock_image would lock random weights: say with init_encoder which encoder to take")
         self.model = CLIP(Encoder(encoder), text, joint_width, loss, image_head, patch_drop)
         self.lock_image, self.max_logit_scale, self.eps = lock_image, max_logit_scale, eps
-        self.init_encoder, self.init_checkpoint, self.compile_blocks = init_encoder, init_checkpoint, compile_blocks
+        self.init_encoder, self.init_checkpoint = init_encoder, init_checkpoint
+        self.compile_blocks, self.activation_checkpointing = compile_blocks, activation_checkpointing
         # one id more than the tower reads: it tells which captions were too long
         self.tokenize = replace(self.model.text.tokenizer, context_length=text.context_length + 1)
         if lock_image:
@@ -101,12 +104,12 @@ class CLIPTask(PretrainTask):
         peak, warmup = self.peak_lr(global_batch_size), round(self.warmup(steps_per_epoch))
         return cosine(step, total, peak, self.min_lr, warmup, peak / max(warmup, 1))
 
-    # ---- Lightning's hooks, in the order of a run
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Of both towers."""
+        return [*self.model.encoder.blocks, *self.model.text.blocks]
 
-    def setup(self, stage: str) -> None:
-        """Compiles what is to be compiled."""
-        if self.compile_blocks:
-            compile_forward([*self.model.encoder.blocks, *self.model.text.blocks])
+    # ---- Lightning's hooks, in the order of a run
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW, one kernel per group where the device has it."""
@@ -164,9 +167,9 @@ class CLIPTask(PretrainTask):
         model, micro_batch = self.model, self._data.layout(self.trainer.world_size).micro_batch
         image, text = model(batch["image"], batch["text"], batch["rng"], micro_batch)
         loss = model.contrast(image, text)
-        health = clip_health(image, text) | {"logit_scale": model.logit_scale.detach().exp()}
+        health = clip_health(image, text) | {"logit_scale": local(model.logit_scale.detach()).exp()}
         if model.logit_bias is not None:
-            health["logit_bias"] = model.logit_bias.detach().clone()
+            health["logit_bias"] = local(model.logit_bias.detach()).clone()
         health["effective_batch"] = torch.tensor(float(len(image) * world_size()))
         return {"loss": loss, **health, **batch["captions"]}
 

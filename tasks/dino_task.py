@@ -5,12 +5,11 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
 from tasks.block_masks import Hidden, hide_blocks
-from tasks.blocks import compile_forward
 from tasks.dino import DINO, IBOTConfig, Targets
 from tasks.dino_groups import dino_groups
 from tasks.dino_head import HeadConfig
@@ -59,6 +58,7 @@ class DINOTask(PretrainTask):
         init_checkpoint: start from a whole DINO, heads and centre too: a run, a checkpoint, or the authors' full one.
         head_warmup_epochs: epochs, also fractions, in which only the heads learn.
         compile_blocks: compile each block of the encoders (torch.compile).
+        activation_checkpointing: compute each block again in the backward pass instead of keeping what it computed.
 
     Raises:
         TaskError: settings that contradict each other; when training starts, also those that the run contradicts.
@@ -100,6 +100,7 @@ class DINOTask(PretrainTask):
         init_checkpoint: str | None = None,
         head_warmup_epochs: float = 0,
         compile_blocks: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(lr, base_lr, min_lr, warmup_epochs, warmup_steps, weight_decay, betas)
         if min(teacher_temp, warmup_teacher_temp) <= 0 or not 0 <= teacher_momentum <= 1:
@@ -114,7 +115,8 @@ class DINOTask(PretrainTask):
         self.clip_grad, self.clip, self.optimizer = clip_grad, clip, optimizer
         self.weight_decay_end = weight_decay if weight_decay_end is None else weight_decay_end
         self.layer_decay, self.patch_embed_lr_scale = layer_decay, patch_embed_lr_scale
-        self.init_encoder, self.init_checkpoint, self.compile_blocks = init_encoder, init_checkpoint, compile_blocks
+        self.init_encoder, self.init_checkpoint = init_encoder, init_checkpoint
+        self.compile_blocks, self.activation_checkpointing = compile_blocks, activation_checkpointing
         self.model = DINO(Encoder(encoder), head, ibot, koleo_weight, targets, student_temp, center_momentum)
         if (layer_decay, patch_embed_lr_scale) != (1, 1) and not self.model.student.encoder.maskable:
             raise TaskError(f"layer_decay and patch_embed_lr_scale know plain ViTs only, not {encoder.arch}")
@@ -154,12 +156,18 @@ class DINOTask(PretrainTask):
                     f"it by --model.{name}"
                 )
 
-    # ---- Lightning's hooks, in the order of a run
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Of the student's and the teacher's encoder."""
+        return [block for branch in (self.model.student, self.model.teacher) for block in branch.encoder.blocks]
 
-    def setup(self, stage: str) -> None:
-        """Compiles what is to be compiled."""
-        if self.compile_blocks:
-            compile_forward([*self.model.student.encoder.blocks, *self.model.teacher.encoder.blocks])
+    @property
+    def heads(self) -> list[nn.Module]:
+        """Of both branches."""
+        branches = (self.model.student, self.model.teacher)
+        return [head for branch in branches for head in (branch.head, branch.patch_head) if head is not None]
+
+    # ---- Lightning's hooks, in the order of a run
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW or SGD, one kernel per group where the device has it."""

@@ -1,8 +1,9 @@
 """The teacher is the student's running mean: how it moves."""
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
+
+from tasks.sharding import local
 
 
 @torch.no_grad()
@@ -16,8 +17,5 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
         student: what the teacher follows.
         momentum: share of the teacher that stays.
     """
-    torch._foreach_lerp_(_local(teacher), _local(student), 1 - momentum)
-
-
-def _local(module: nn.Module) -> list[Tensor]:
-    return [p.to_local() if isinstance(p, DTensor) else p.data for p in module.parameters()]
+    moved, towards = ([local(p.detach()) for p in module.parameters()] for module in (teacher, student))
+    torch._foreach_lerp_(moved, towards, 1 - momentum)

@@ -23,6 +23,8 @@ from tasks.errors import TaskError
 from tasks.open_clip_names import CONFIG_FILE, WEIGHTS_FILES, is_open_clip
 from tasks.original_files import encoder_config, encoder_state
 from tasks.positions import resize_table
+from tasks.sharded_files import ABOUT, read_sharded, whole
+from tasks.sharding import fill, is_sharded
 from tasks.timm_models import create_timm, pretrained_config
 
 FORMAT = 1
@@ -113,11 +115,11 @@ def checkpoint_path(source: str | Path) -> Path:
         return next((path / name for name in WEIGHTS_FILES if (path / name).is_file()), path / WEIGHTS_FILES[0])
     if (path / TIMM_CONFIG_FILE).is_file() and (path / TIMM_WEIGHTS_FILE).is_file():
         return path / TIMM_WEIGHTS_FILE
-    if path.is_dir():
+    if path.is_dir() and not (path / ABOUT).is_file():
         path = path / "checkpoints" / "last.ckpt"
-        if not path.is_file():
+        if not path.exists():
             raise TaskError(f"{source} is no finished or running trivit run: it has no checkpoints/last.ckpt")
-    if not path.is_file():
+    if not path.exists():
         raise TaskError(f"no such checkpoint: {source}")
     return path
 
@@ -126,8 +128,16 @@ def checkpoint_hash(source: str | Path) -> str:
     """The first 16 hex digits of the SHA-256 of a checkpoint's bytes, for a protocol; `timm:NAME`: of its weights."""
     if str(source).startswith("timm:"):
         return weights_hash(load_encoder(source))
-    with checkpoint_path(source).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    path = checkpoint_path(source)
+    if path.is_dir():  # of a sharded model
+        digests = [_sha256(file) for file in sorted(path.iterdir())]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    return _sha256(path)[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -151,10 +161,14 @@ def read_checkpoint(path: Path) -> Any:
             return tensors
         return {"trivit": about, "state_dict": {f"model.{name}": tensor for name, tensor in tensors.items()}}
     try:
+        if path.is_dir():  # of a sharded model; its optimiser's state stays on the disk
+            return {name: part if "optimizer" in name else whole(part) for name, part in read_sharded(path).items()}
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = "it is damaged or not a checkpoint"
+        if path.with_name("previous.ckpt").exists() and path.name == "last.ckpt":
+            reason += f"; the one before is {path.with_name('previous.ckpt')}"
         if "weights_only" in str(error) and "Unsupported" in str(error):
             reason = "it holds Python objects besides tensors, which could run code"
         raise TaskError(f"cannot read {path}: {reason}") from error
@@ -175,7 +189,11 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str) -> N
     if any(wrong.values()):
         parts = [f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
         raise TaskError(f"{source} does not fit; keys {'; '.join(parts)}")
-    module.load_state_dict(state)
+    if is_sharded(module):
+        for name, tensor in own.items():
+            fill(tensor, state[name])
+    else:
+        module.load_state_dict(state)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> EncoderConfig:

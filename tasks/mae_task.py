@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from tasks.blocks import compile_forward
 from tasks.drop_path import drop_path_keys
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
@@ -31,6 +30,7 @@ class MAETask(PretrainTask):
         weight_decay: of matrices and tokens; vectors and biases have none.
         betas: AdamW's averaging rates.
         compile_blocks: compile each block of encoder and decoder (torch.compile).
+        activation_checkpointing: compute each block again in the backward pass instead of keeping what it computed.
     """
 
     objective = "mae"
@@ -52,15 +52,16 @@ class MAETask(PretrainTask):
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
         compile_blocks: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(lr, base_lr, min_lr, warmup_epochs, warmup_steps, weight_decay, betas)
-        self.compile_blocks = compile_blocks
         self.model = MAE(Encoder(encoder), decoder_width, decoder_depth, decoder_heads, mask_ratio, norm_pix_loss)
+        self.compile_blocks, self.activation_checkpointing = compile_blocks, activation_checkpointing
 
-    def setup(self, stage: str) -> None:
-        """Compiles what is to be compiled."""
-        if self.compile_blocks:
-            compile_forward([*self.model.encoder.blocks, *self.model.decoder_blocks])
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Of encoder and decoder."""
+        return [*self.model.encoder.blocks, *self.model.decoder_blocks]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The loss of one micro-batch {"image": float [b c h w], "rng": int64 [b]}."""

@@ -8,17 +8,23 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from tasks.blocks import compile_forward, recompute
 from tasks.encoder_config import EncoderConfig
 from tasks.errors import TaskError
 from tasks.param_groups import weight_decay_groups
 from tasks.schedules import set_learning_rate, warmup_cosine
+from tasks.sharding import everything, is_sharded, materialize, shard
 
 
 class PretrainTask(pl.LightningModule):
     """Trains `self.model` with AdamW under a warm-up and a cosine.
+
+    Where the strategy has a device mesh (`fsdp2`) the model is sharded over the ranks: `blocks` and `heads` each by
+    itself. With `compile_blocks` every block is compiled, with `activation_checkpointing` it is computed twice instead
+    of remembered.
 
     A subclass sets `model`, `objective` and `learns_from`, the parts of a batch that it cannot do without; its
     `training_step` returns {"loss": ..., name: detached scalar}. One that learns from texts has `tokenize`; one with
@@ -42,8 +48,10 @@ class PretrainTask(pl.LightningModule):
     learns_from: tuple[str, ...] = ("image",)
     tokenize: Callable[[list[str]], Tensor] | None = None
     whole_batches = False
+    compile_blocks = False
+    activation_checkpointing = False
     encoder_prefix = "model.encoder."
-    model: torch.nn.Module
+    model: nn.Module
 
     def __init__(
         self,
@@ -66,6 +74,7 @@ class PretrainTask(pl.LightningModule):
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         self.weight_decay, self.betas = weight_decay, betas
         self.lr_now = 0.0
+        self._prepared = False
 
     def peak_lr(self, global_batch_size: int) -> float:
         """The largest learning rate of a run with that batch."""
@@ -84,10 +93,38 @@ class PretrainTask(pl.LightningModule):
         """Learning rate of the optimiser step number `step`, counted from 0, of `total`."""
         return warmup_cosine(step, total, self.warmup(steps_per_epoch), self.peak_lr(global_batch_size), self.min_lr)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated parts of `model`: compiled, computed again and sharded one at a time."""
+        encoder: Any = self.get_submodule(self.encoder_prefix.removesuffix("."))
+        return list(encoder.blocks)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """Other large parts that are called as modules: sharded one at a time, in full precision."""
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Compiles and wraps what is to be compiled or computed again; once."""
+        if self._prepared:
+            return
+        self._prepared = True
+        if self.compile_blocks:
+            compile_forward(self.blocks)
+        if self.activation_checkpointing:
+            recompute(self.blocks)
+
     def configure_model(self) -> None:
-        """Ranks share the statistics of BatchNorm where there is any."""
-        if self.trainer.world_size > 1 and self.trainer.strategy.root_device.type == "cuda":
+        """Ranks share the statistics of BatchNorm where there is any, and the model where the strategy shards it."""
+        strategy = self.trainer.strategy
+        if self.trainer.world_size > 1 and strategy.root_device.type == "cuda":
             convert_sync_batchnorm(self.model)
+        if self.device_mesh is not None and not is_sharded(self.model):
+            whole = everything(self.model) if self.global_rank == 0 else None
+            self.model.to("meta")
+            low = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else None
+            shard(self.model, self.blocks, self.heads, self.device_mesh["data_parallel"], low)
+            materialize(self.model, whole, strategy.root_device)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW, one kernel per group where the device has it."""

@@ -23,6 +23,8 @@ BAD = {
     ),
     "both lengths": (["--epochs", "3"], ["epochs", "max_steps"]),
     "negative steps": (["--trainer.max_steps=-5"], ["trainer.max_steps must be positive, not -5"]),
+    "another way to shard": (["--trainer.strategy", "fsdp"], ["trainer.strategy fsdp", "fsdp2"]),
+    "sharded in float16": (["--trainer.strategy", "fsdp2", "--trainer.precision", "16-mixed"], ["bf16-mixed"]),
     "no length": (["--trainer.max_steps", "-1"], ["epochs", "max_steps"]),
     "negative epochs": (["--trainer.max_steps", "-1", "--epochs", "-2"], ["epochs"]),
     "both rates": (["--model.base_lr", "1e-3"], ["lr", "base_lr"]),

@@ -1,7 +1,6 @@
 """RankMe during a run: what it is, that it changes nothing, and what it costs."""
 
 import csv
-import socket
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,8 @@ from tasks.blocks import compile_forward
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 from tests.pretrain.conftest import SMALL
-from tests.pretrain.processes import OBJECTIVES, end, start
+from tests.pretrain.processes import OBJECTIVES
+from tests.pretrain.two_ranks import pretrain_on_two_ranks
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -122,19 +122,15 @@ def test_a_run_without_room_for_it_goes_on(drawn: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_first_of_two_ranks_measures_for_both(drawn: Path, tmp_path: Path) -> None:
-    code = "import sys, pretrain.rank_watch as w; w.SHARE = 1e6; from pretrain.cli import main; sys.exit(main())"
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    given = [*SMALL, "--data.train", drawn, "--trainer.max_steps", 3]
-    several = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--output", tmp_path / "two"]
-    ranks = [start([*given, *several], ("-c", code), RANK=rank, LOCAL_RANK=rank, **places) for rank in "01"]
-    alone = start([*given, "--output", tmp_path / "one"], ("-c", code))
-    for code_, error in (end(process, 90) for process in (*ranks, alone)):
-        assert code_ == 0, error
-    one, two = ([float(row["rankme"]) for row in rows(tmp_path / name)] for name in ("one", "two"))
-    assert len(one) == 3 and two == pytest.approx(one, rel=1e-3)
+def test_two_ranks_measure_what_one_does(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one alone, or both together where each has only a part of the encoder."""
+    several = ["--data.train", drawn, "--trainer.max_steps", 3, "--trainer.strategy"]
+    commands = [[*SMALL, *several, strategy, "--output", tmp_path / strategy] for strategy in ("ddp", "fsdp2")]
+    pretrain_on_two_ranks(commands, tmp_path, "import pretrain.rank_watch as w; w.SHARE = 1e6")
+    monkeypatch.setattr(rank_watch, "SHARE", 1e6)
+    run_small(drawn, tmp_path / "one", "--trainer.max_steps", "3")
+    one, ddp, fsdp2 = ([float(row["rankme"]) for row in rows(tmp_path / name)] for name in ("one", "ddp", "fsdp2"))
+    assert len(one) == 3 and ddp == pytest.approx(one, rel=1e-3) and fsdp2 == pytest.approx(one, rel=1e-3)
 
 
 def test_compiled_blocks_are_not_compiled_for_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -398,7 +398,7 @@ def test_a_damaged_checkpoint_is_named(small: list[str], tmp_path: Path, capsys:
     last = run / "checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
     assert pretrain(*small, "--output", run, "--trainer.max_steps", 4) == 2
-    assert "last.ckpt cannot be read" in capsys.readouterr().err
+    assert "last.ckpt is damaged" in capsys.readouterr().err
 
 
 def test_a_plain_folder_of_images_is_packed_once(

@@ -1,0 +1,204 @@
+"""What is left of a checkpoint when its writing is cut off or its bytes are spoiled."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint_files import LAST, PART, PREVIOUS, damage, find_checkpoint, put_in_place, remove
+from pretrain.errors import RunError
+from tasks.sharded_files import ABOUT, read_sharded, save_flushed, shard_name, whole
+from tests.pretrain.conftest import pretrain
+
+KINDS = ("file", "folder")
+
+
+def write(path: Path, step: int, kind: str) -> None:
+    """A checkpoint of some kilobytes."""
+    remove(path)
+    rows = torch.arange(600.0).view(60, 10) + step
+    if kind == "file":
+        save_flushed({"global_step": step, "state_dict": {"w": rows}}, path)
+        return
+    path.mkdir()
+    cuts = {shard_name(0): (0, rows[:31].clone()), shard_name(1): (31, rows[31:].clone())}
+    sizes = {name: save_flushed({"/state_dict/w": part}, path / name) for name, part in cuts.items()}
+    note = {"trivit.sharded": "/state_dict/w", "shape": [60, 10], "dtype": torch.float32}
+    save_flushed({"shards": sizes, "checkpoint": {"global_step": step, "state_dict": {"w": note}}}, path / ABOUT)
+
+
+def read(path: Path) -> int:
+    state = whole(read_sharded(path)) if path.is_dir() else torch.load(path, weights_only=True)
+    assert torch.equal(state["state_dict"]["w"], torch.arange(600.0).view(60, 10) + state["global_step"])
+    return int(state["global_step"])
+
+
+SAVE = """
+import os, signal, sys
+from pathlib import Path
+import tasks.sharded_files as files
+import pretrain.checkpoint_files as checkpoints
+from tests.pretrain.test_checkpoint_files import write
+folder, kind, at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+written = 0
+def killed(action):
+    def act(*args):
+        global written
+        if written >= at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written += 1
+        return action(*args)
+    return act
+class Killing(files._Telling):
+    write = killed(files._Telling.write)
+files._Telling = Killing
+for name in ("rename", "replace"):
+    setattr(Path, name, killed(getattr(Path, name)))
+os.link, checkpoints.shutil.rmtree = killed(os.link), killed(checkpoints.shutil.rmtree)
+for step in (3, 4):
+    write(folder / checkpoints.PART, step, kind)
+    checkpoints.put_in_place(folder / checkpoints.PART)
+print("whole")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_any_write_or_rename_leaves_the_newest_whole_checkpoint(kind: str, tmp_path: Path) -> None:
+    """torch is imported once: forked children are killed at the first, second, ... write, link or rename."""
+    program = f"import os, sys\n{SAVE.replace('sys.argv[3]', 'os.environ[chr(65)]')}"
+    folder, newest = tmp_path / "run", []
+    folder.mkdir()
+    write(folder / LAST, 2, kind)
+    write(folder / PREVIOUS, 1, kind)
+    forks = f"""
+import os, sys, shutil
+from pathlib import Path
+sys.path.insert(0, {str(Path.cwd())!r})
+import torch
+import pretrain.checkpoint_files
+import tests.pretrain.test_checkpoint_files
+base = Path(sys.argv[1])
+for at in range(1000):
+    copy = base.with_name(f"killed{{at}}")
+    shutil.copytree(base, copy)
+    child = os.fork()
+    if not child:
+        os.environ["A"], sys.argv = str(at), ["", str(copy), {kind!r}]
+        try:
+            exec({program!r}, {{"__name__": "child"}})
+        finally:
+            os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        break
+"""
+    done = subprocess.run([sys.executable, "-c", forks, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    copies = sorted(tmp_path.glob("killed*"), key=lambda path: int(path.name.removeprefix("killed")))
+    for copy in copies:
+        path, findings = find_checkpoint(copy)
+        assert path is not None and not findings
+        newest.append(read(path))
+    assert len(newest) > 20 and newest == sorted(newest) and set(newest) == {2, 3, 4}
+    assert read(copies[-1] / LAST) == 4 and read(copies[-1] / PREVIOUS) == 3 and not (copies[-1] / PART).exists()
+
+
+def cut(path: Path, share: float) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def flip(path: Path, share: float) -> None:
+    with path.open("r+b") as file:
+        file.seek(int(path.stat().st_size * share))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 16]))
+
+
+def spoilt_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.iterdir())
+
+
+@pytest.mark.parametrize("spoil", [cut, flip])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_found_wherever_it_matters(kind: str, spoil: Callable[[Path, float], None], tmp_path: Path) -> None:
+    """A byte that no checksum covers (a date, padding) may change, if what is read stays the same."""
+    found = total = 0
+    write(tmp_path / LAST, 2, kind)
+    assert damage(tmp_path / LAST) is None
+    for i, name in enumerate(file.name for file in spoilt_files(tmp_path / LAST)):
+        for share in (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97):
+            copy = tmp_path / f"copy{i}{share}" / LAST
+            copy.parent.mkdir()
+            write(copy, 2, kind)
+            spoil(copy if kind == "file" else copy / name, share)
+            total += 1
+            if damage(copy) is not None:
+                found += 1
+            else:
+                assert spoil is flip and read(copy) == 2
+    assert found == total if spoil is cut else found > total // 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_newest_gives_way_to_the_one_before(kind: str, tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path) == (None, [])
+    write(tmp_path / PREVIOUS, 1, kind)
+    write(tmp_path / LAST, 2, kind)
+    cut(spoilt_files(tmp_path / LAST)[-1], 0.5)
+    path, (finding,) = find_checkpoint(tmp_path)
+    assert path == tmp_path / PREVIOUS and finding.startswith(f"{tmp_path / LAST} is damaged (")
+    write(tmp_path / PART, 3, kind)
+    put_in_place(tmp_path / PART, keep=False)
+    assert read(tmp_path / LAST) == 3 and read(tmp_path / PREVIOUS) == 1
+    for name in (LAST, PREVIOUS):
+        cut(spoilt_files(tmp_path / name)[0], 0.9)
+    with pytest.raises(RunError, match=r"last.ckpt is damaged .*previous.ckpt is damaged .*restore a copy"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("old", "new"), [KINDS, KINDS[::-1]])
+def test_one_kind_takes_the_place_of_the_other(old: str, new: str, tmp_path: Path) -> None:
+    for step, kind in enumerate((old, new, old), start=1):
+        write(tmp_path / PART, step, kind)
+        put_in_place(tmp_path / PART)
+    assert read(tmp_path / LAST) == 3 and read(tmp_path / PREVIOUS) == 2
+
+
+def test_a_full_disk_is_an_oserror(tmp_path: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (0, 100, 5000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            with pytest.raises(OSError) as caught:
+                save_flushed({"w": torch.zeros(10_000)}, tmp_path / "x")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.errno == errno.EFBIG
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    more = [*small, "--checkpoint_every", 3]
+    assert pretrain(*more, "--output", run) == 0
+    shutil.copytree(run, copy)
+    flip(copy / "checkpoints" / LAST, 0.5)
+    capsys.readouterr()
+    assert pretrain(*more, "--output", copy) == 0
+    said = capsys.readouterr()
+    assert "last.ckpt is damaged (last.ckpt: wrong checksum" in said.err and f"{PREVIOUS}\n" in said.err
+    assert "at step 6 of 8" in said.out
+    states = [torch.load(path / "checkpoints" / LAST, weights_only=True)["state_dict"] for path in (run, copy)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert torch.load(copy / "checkpoints" / PREVIOUS, weights_only=True)["global_step"] == 6
