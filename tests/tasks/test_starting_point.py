@@ -113,6 +113,20 @@ def test_between_timm_and_our_own(file: Callable[[EncoderConfig], str]) -> None:
         take_encoder(Encoder(VIT), file(convnext))
 
 
+def test_files_of_the_authors_have_the_heads_of_the_run(tmp_path: Path) -> None:
+    """Where the size is no published one; images of another size stretch the table, patches must be the same."""
+    torch.manual_seed(0)
+    given = Encoder(replace(VIT, position_resize="dino")).eval()
+    state = {f"backbone.{name}": value for name, value in given.trunk.state_dict().items()}
+    torch.save({"teacher": state}, tmp_path / "dino.pth")
+    own = Encoder(VIT).eval()
+    take_encoder(own, str(tmp_path / "dino.pth"))
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(own(images).patches, given(images).patches)
+    with pytest.raises(TaskError, match=r"patch_size is 4 there, 8 here\. To start from it set"):
+        take_encoder(Encoder(replace(VIT, image_size=24, patch_size=8)), str(tmp_path / "dino.pth"))
+
+
 @pytest.mark.parametrize("name", ["vit_small_patch16_18x2_224", "vit_giant_patch14_dinov2", "test_vit4"])
 def test_unusual_vits_are_like_themselves_and_unlike_ours(name: str) -> None:
     with torch.device("meta"):
