@@ -87,6 +87,16 @@ def meaning_for(name: str, runs: Sequence[Run]) -> str:
     return "; ".join(f"{', '.join(names)}: {words}" for words, names in by_meaning.items())
 
 
+def loss_words(runs: Sequence[Run]) -> str:
+    """What to read from the curve of the loss where it does not fall in a run that learns; "" elsewhere."""
+    if not any("train/teacher_entropy" in run.metrics for run in runs):
+        return ""
+    return (
+        "DINO's loss is the teacher's entropy plus the teacher-student divergence (and further terms, if any): it "
+        "often rises in a run that learns, as more prototypes come into use. What is left to learn is the divergence."
+    )
+
+
 def told(run: Run) -> list[str]:
     """A line for each number of health that the run has logged: its title, its newest value, what it means."""
     lines = []

@@ -12,7 +12,7 @@ from evaluation.attribute_table import attribute_rows, attribute_sentences
 from evaluation.confusion import confusions
 from evaluation.curves import curves, draw_curves
 from evaluation.errors import EvaluationError
-from evaluation.health_words import NUMBERS, meaning_for
+from evaluation.health_words import NUMBERS, loss_words, meaning_for
 from evaluation.probe_lines import probe_rows
 from evaluation.ranks import one_decimal
 from evaluation.report_inside import inside_sections
@@ -77,7 +77,8 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
     rebuilt = RECONSTRUCTIONS if single else RECONSTRUCTIONS_OF_SEVERAL
     queries = QUERIES if single else QUERIES_OF_SEVERAL
     test_data = next((protocol["test"]["path"] for protocol in map(test_set, runs) if protocol), None)
-    drawn = {name: Markup(draw_curves(name, each, names)) for name, each in curves(runs).items()}
+    found = curves(runs)
+    drawn = {name: Markup(draw_curves(name, each, names)) for name, each in found.items()}
     return environment.get_template("report.html.jinja").render(
         title=" · ".join(names),
         css=Markup((Path(__file__).parent / "report.css").read_text()),
@@ -86,10 +87,15 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         runs=runs,
         verdicts=[(run, judge(run), outdated(run), facts(run)) for run in runs],
         scores=score_table(runs),
-        further=[(run, found) for run in runs if (found := probe_rows(run.results))],
+        further=[(run, lines) for run in runs if (lines := probe_rows(run.results))],
         attributes=[(run, rows, attribute_sentences(rows)) for run in runs if (rows := attribute_rows(run.results))],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
-        panels=[panel for name, panel in drawn.items() if name not in NUMBERS],
+        panels=[
+            (panel, loss_words(runs) if name == "train/loss" else "")
+            for name, panel in drawn.items()
+            if name not in NUMBERS
+        ],
+        with_curves={curve.run for each in found.values() for curve in each},
         times=[(run, told.sentence, Markup(draw_time_shares(run))) for run in runs if (told := bottleneck(run))],
         reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],
         inside=[inside_sections(run, INSIDE if single else INSIDE_OF_SEVERAL, test_data) for run in runs],

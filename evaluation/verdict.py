@@ -61,6 +61,8 @@ def judge(run: Run) -> Verdict:
         return Verdict("fair", f"{'It learns; the' if learns else 'The'} probes disagree: {told}.", tuple(details))
     if levels == {"unknown"}:
         return Verdict("fair", "There are scores, but no floors to compare them with.", tuple(details))
+    if health.state == "early":  # no better is to be expected of them yet
+        return Verdict("fair", HEADLINES["early"], tuple(details))
     return Verdict(
         "bad", "The features are not clearly better than raw pixels or an untrained encoder.", tuple(details)
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from evaluation.health import Health, chance_loss, judge_health
-from evaluation.health_words import NUMBERS, meaning_for, told
+from evaluation.health_words import NUMBERS, loss_words, meaning_for, told
 from evaluation.run_files import Run, non_finite_step
 from evaluation.verdict import HEADLINES, judge
 
@@ -204,3 +204,18 @@ def test_runs_drawn_over_each_other_share_words_where_they_can() -> None:
     assert "ln(256)" in meaning_for("train/teacher_entropy", [small, same])
     both = meaning_for("train/teacher_entropy", [replace(small, name="a"), replace(large, name="b")])
     assert both.startswith("a: in nats") and "ln(256)" in both and "; b: in nats" in both and "ln(1,024)" in both
+
+
+def test_a_dino_loss_that_rises_is_explained() -> None:
+    healthy = run({}, table(100, teacher_entropy=4.0, kl=0.5, loss=4.5))
+    assert "often rises in a run that learns" in loss_words([healthy])
+    assert not loss_words([run({}, table(100, loss=0.5))])
+
+
+def test_a_run_that_is_too_short_is_not_blamed_for_its_features() -> None:
+    short = dino(256, 30, 25, entropy=4.5, kl=0.4, prototypes_used=200, feature_std=0.5)
+    floors = {"raw_pixels": {"knn": {"top1": 20.0, "interval": [18, 22]}}}
+    scored = replace(short, results={"knn": {"top1": 10.0, "interval": [9, 11]}, "floors": floors})
+    verdict = judge(scored)
+    assert verdict.tone == "fair" and verdict.headline == HEADLINES["early"]
+    assert any("10.0 points below raw pixels" in line for line in verdict.details)

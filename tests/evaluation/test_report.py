@@ -127,6 +127,13 @@ def test_a_run_that_has_only_begun_has_a_page(cache: Path, tmp_path: Path) -> No
     assert "No pictures of the inside of the encoder: " in page.words and "What the patches say" not in page.words
 
 
+def test_a_run_of_one_row_is_told_to_have_no_line(world: Path, cache: Path, tmp_path: Path) -> None:
+    longer, short = (make_run(tmp_path / f"run{rows}", train=world / "train", rows=rows) for rows in (20, 1))
+    text = report([longer, short]).read_text()
+    assert "run1 (too few rows for a line)" in text and "run20 (too few" not in text
+    assert "metrics.csv has one row: curves begin with the second." in report([short]).read_text()
+
+
 def test_encoders_of_other_kinds_show_their_patches_and_say_why_not_more(
     world: Path, cache: Path, tmp_path: Path
 ) -> None:
