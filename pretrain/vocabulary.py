@@ -12,13 +12,16 @@ from tasks.tokenizer import spare_vocabulary
 
 
 def vocabulary_of_the_run(run: Path, config: Namespace) -> AbstractContextManager[None]:
-    """Within it a task can be built without the file of its vocabulary, if a checkpoint in the folder `run` has it."""
-    text = config.model.init_args.get("text")
+    """Within it a task can be built without the file of its vocabulary.
+
+    A checkpoint in the folder `run` has it, or the one that the run starts from.
+    """
+    settings = config.model.init_args
+    text = settings.get("text")
     name = "clip" if text is None else str(text.tokenizer)
     if name == "clip" or Path(name).is_file():
         return contextlib.nullcontext()
-    try:
-        about = read_checkpoint(checkpoint_path(run))["trivit"]["model"]
-    except (TaskError, KeyError, TypeError):
-        return contextlib.nullcontext()  # nothing to go on with: the task says that the file is missing
-    return spare_vocabulary(name, about.get("tokenizer_json"))
+    for source in (run, settings.get("init_checkpoint")):
+        with contextlib.suppress(TaskError, KeyError, TypeError):  # nothing there: the task misses the file
+            return spare_vocabulary(name, read_checkpoint(checkpoint_path(source))["trivit"]["model"]["tokenizer_json"])
+    return contextlib.nullcontext()

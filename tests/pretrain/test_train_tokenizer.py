@@ -38,6 +38,10 @@ def test_learned_trained_with_and_resumed_without_the_file(
     assert pretrain(*command, *options, "--trainer.max_steps", 4) == 0
     assert load_clip(tmp_path / "run").text.tokenizer.json == content
 
+    begun = [*SMALL, "--data.train", drawn, "--output", tmp_path / "next", "--model.init_checkpoint", tmp_path / "run"]
+    assert pretrain(*begun, *options) == 0
+    assert load_clip(tmp_path / "next").text.tokenizer.json == content
+
     (tmp_path / "moved.json").write_text(content)
     options[1] = str(tmp_path / "moved.json")
     assert pretrain(*command, *options, "--trainer.max_steps", 5) == 0
