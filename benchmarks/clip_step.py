@@ -1,6 +1,6 @@
 """A CLIP training step, as a run takes it, against the same step composed of open_clip's own model and loss.
 
-Same sizes, weights, batch (synthetic) and optimiser, float32, one thread; the losses of the first steps are compared,
+Same sizes, weights, batch (synthetic) and optimiser, one thread; the losses of the first steps are compared,
 so that both do the same work. Ours counts captions and computes its health figures, as in a run. Speed is by CPU time,
 in turns within one run; memory is what a process of its own grows to.
 
@@ -18,7 +18,7 @@ from open_clip.loss import ClipLoss
 from open_clip.model import CLIP
 from torch.optim import AdamW
 
-from benchmarks.steps import Step, TaskStep, in_turns, peak_memory, task_of
+from benchmarks.steps import Step, TaskStep, step_rows, task_of
 from benchmarks.table import Row, show
 from pretrain.config import SHIPPED
 from tasks.encoder_files import load_strictly
@@ -62,14 +62,7 @@ def measure(rounds: int = 5) -> list[Row]:
     """Images per CPU second and peak memory of each setting."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
-    for setting in SETTINGS:
-        sides = (ours(setting), theirs(setting))
-        times = in_turns(sides, rounds)
-        del sides
-        rows.append(Row("CLIP step", setting.name, "images/s", *(setting.batch / s for s in times), "open_clip"))
-        memory = [peak_memory(side, setting) for side in (ours, theirs)]
-        rows.append(Row("CLIP step", f"{setting.name}; peak memory", "MiB", *memory, "open_clip"))
+    rows = [row for setting in SETTINGS for row in step_rows("CLIP step", setting, ours, theirs, "open_clip", rounds)]
     torch.set_num_threads(threads)
     return rows
 

@@ -1,7 +1,7 @@
 """A DINO training step, as a run takes it, against a plain PyTorch rendering of the original loop (`dino_plain`).
 
-Same sizes, images (synthetic) and schedules, float32, one thread; a test holds that both train alike. Ours computes its
-health figures, as in a run. Steps per CPU second, in turns within one run; memory is what a process of its own grows
+Same sizes, images (synthetic) and schedules, one thread; a test holds that both train alike. Ours computes its
+health figures, as in a run. Images per CPU second, in turns within one run; memory is what a process of its own grows
 to. End to end, both also read 64-pixel images: ours its shards with one worker, the plain loop an ImageFolder with
 Pillow crops and one worker; CPU time of both processes.
 
@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks.augmentations import DINOAugmentation
 from benchmarks.dino_plain import PlainDINO
-from benchmarks.steps import TaskStep, in_turns, peak_memory, task_of
+from benchmarks.steps import TaskStep, step_rows, task_of
 from benchmarks.table import Row, show
 from datamodules.loader import iterate
 from datamodules.synth import synth
@@ -50,17 +50,10 @@ SMALL = Setting("ViT-S/16, 65,536 prototypes, 2x224 + 8x96, batch 4", "dino_vits
 
 
 def measure(rounds: int = 5) -> list[Row]:
-    """Steps per CPU second and peak memory of each setting; images per CPU second end to end."""
+    """Images per CPU second and peak memory of each setting; then with reading, too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
-    for setting in (TIN40, SMALL):
-        sides = (ours(setting), plain(setting))
-        times = in_turns(sides, rounds)
-        del sides
-        rows.append(Row("DINO step", setting.name, "steps/s", *(1 / s for s in times), AGAINST))
-        memory = [peak_memory(side, setting) for side in (ours, plain)]
-        rows.append(Row("DINO step", f"{setting.name}; peak memory", "MiB", *memory, AGAINST))
+    rows = [row for setting in (TIN40, SMALL) for row in step_rows("DINO step", setting, ours, plain, AGAINST, rounds)]
     rates = end_to_end()
     rows.append(Row("DINO step", f"{TIN40.name}; with loading", "images/s", *rates, f"{AGAINST}, PIL"))
     torch.set_num_threads(threads)

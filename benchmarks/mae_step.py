@@ -1,7 +1,8 @@
 """A MAE training step, as a run takes it, against a plain PyTorch rendering of the original loop (`mae_plain`).
 
-Same sizes, images (synthetic), masks and schedules, float32, one thread; a test holds that both train alike. Steps per
-CPU second, in turns within one run; memory is what a process of its own grows to.
+Same sizes, images (synthetic), masks and schedules, one thread; a test holds that both train alike. Images per CPU
+second, in turns within one run; memory is what a process of its own grows to. Both sides in float32, ours in bfloat16
+autocast as well where the CPU multiplies such numbers.
 
 Run: python -m benchmarks.mae_step
 """
@@ -13,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.mae_plain import PlainMAEStep
-from benchmarks.steps import TaskStep, in_turns, peak_memory, task_of
+from benchmarks.steps import TaskStep, step_rows, task_of
 from benchmarks.table import Row, show
 from pretrain.config import SHIPPED
 from tasks.masks import random_noise
@@ -39,17 +40,10 @@ SMALL = Setting(
 
 
 def measure(rounds: int = 5) -> list[Row]:
-    """Steps per CPU second and peak memory of each setting."""
+    """Images per CPU second and peak memory of each setting."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
-    for setting in (TIN40, SMALL):
-        sides = (ours(setting), plain(setting))
-        times = in_turns(sides, rounds)
-        del sides
-        rows.append(Row("MAE step", setting.name, "steps/s", *(1 / s for s in times), AGAINST))
-        memory = [peak_memory(side, setting) for side in (ours, plain)]
-        rows.append(Row("MAE step", f"{setting.name}; peak memory", "MiB", *memory, AGAINST))
+    rows = [row for setting in (TIN40, SMALL) for row in step_rows("MAE step", setting, ours, plain, AGAINST, rounds)]
     torch.set_num_threads(threads)
     return rows
 
