@@ -138,8 +138,12 @@ class DINO(nn.Module):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        if not 0 <= center_momentum < 1 or student_temp <= 0 or koleo_weight < 0:
-            raise TaskError("center_momentum must be in [0, 1), student_temp above 0 and koleo_weight not negative")
+        if not 0 <= center_momentum < 1:  # at 1 the centre would never move
+            raise TaskError(f"center_momentum must be at least 0 and below 1, not {center_momentum:g}")
+        if student_temp <= 0:
+            raise TaskError(f"student_temp must be above 0, not {student_temp:g}")
+        if koleo_weight < 0:
+            raise TaskError(f"koleo_weight cannot be negative, but is {koleo_weight:g}")
         if ibot is not None:
             ibot.check()
             if not encoder.maskable:

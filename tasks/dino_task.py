@@ -103,10 +103,17 @@ class DINOTask(PretrainTask):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(lr, base_lr, min_lr, warmup_epochs, warmup_steps, weight_decay, betas)
-        if min(teacher_temp, warmup_teacher_temp) <= 0 or not 0 <= teacher_momentum <= 1:
-            raise TaskError("teacher temperatures must be above 0 and teacher_momentum in [0, 1]")
-        if min(freeze_last_layer_epochs, head_warmup_epochs, warmup_teacher_temp_epochs, clip_grad) < 0:
-            raise TaskError("clip_grad and the epochs of freezing, head warm-up and teacher warm-up cannot be negative")
+        for name, temp in (("teacher_temp", teacher_temp), ("warmup_teacher_temp", warmup_teacher_temp)):
+            if temp <= 0:
+                raise TaskError(f"{name} must be above 0, not {temp:g}")
+        if not 0 <= teacher_momentum <= 1:
+            raise TaskError(f"teacher_momentum must be from 0 to 1, not {teacher_momentum:g}")
+        for name, value in (
+            ("freeze_last_layer_epochs", freeze_last_layer_epochs), ("head_warmup_epochs", head_warmup_epochs),
+            ("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs), ("clip_grad", clip_grad),
+        ):  # fmt: skip
+            if value < 0:
+                raise TaskError(f"{name} cannot be negative, but is {value:g}")
         if init_encoder and init_checkpoint:
             raise TaskError("give init_encoder or init_checkpoint, not both")
         self.teacher_temp, self.warmup_teacher_temp = teacher_temp, warmup_teacher_temp

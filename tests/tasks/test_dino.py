@@ -233,8 +233,9 @@ def test_health_tells_the_two_collapses() -> None:
         ({"ibot": IBOTConfig(mask_ratio=(0.5, 0.1))}, "mask_ratio"),
         ({"ibot": IBOTConfig(mask_probability=0)}, "mask_probability"),
         ({"ibot": IBOTConfig(weight=0)}, "leave `ibot` out"),
-        ({"koleo_weight": -1}, "koleo_weight"),
-        ({"center_momentum": 1}, "center_momentum"),
+        ({"koleo_weight": -1}, "^koleo_weight .* is -1$"),
+        ({"center_momentum": 1}, "^center_momentum .* not 1$"),
+        ({"student_temp": 0}, "^student_temp .* not 0$"),
     ],
 )
 def test_settings_that_cannot_work(changes: dict[str, object], message: str) -> None:

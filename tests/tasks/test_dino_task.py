@@ -300,3 +300,18 @@ def test_two_ranks_train_as_one() -> None:
     fit(two, 5, Views(batch=8), precision="64-true", devices=2, strategy="ddp_spawn", callbacks=None)
     for name, value in state(one).items():
         torch.testing.assert_close(two.state_dict()[name], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_temp": 0}, "^teacher_temp must be above 0, not 0$"),
+        ({"warmup_teacher_temp": -0.5}, "^warmup_teacher_temp must be above 0, not -0.5$"),
+        ({"teacher_momentum": 1.2}, "^teacher_momentum must be from 0 to 1, not 1.2$"),
+        ({"clip_grad": -3}, "^clip_grad cannot be negative, but is -3$"),
+        ({"head_warmup_epochs": -1}, "^head_warmup_epochs cannot be negative, but is -1$"),
+    ],
+)
+def test_a_bad_setting_is_named_alone_with_its_value(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        tiny_task(**changes)
