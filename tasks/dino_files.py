@@ -12,11 +12,9 @@ from tasks.errors import TaskError
 
 State = dict[str, Tensor]
 CENTER = "dino_targets.center"
-
-
-def load_dino(model: DINO, source: str | Path) -> None:
-    """Fills student, teacher, heads and centres of a model of the file's sizes; source and errors as `read_dino`."""
-    fill_dino(model, read_dino(source)[1], source)
+CENTERS = (CENTER, "ibot_targets.center")  # Sinkhorn-Knopp has none
+OF_IBOT = ("student.mask_token", "teacher.mask_token", "ibot_targets.center")
+"""What iBOT with the head of the class tokens adds to a DINO."""
 
 
 def read_dino(source: str | Path) -> tuple[dict[str, Any] | None, State]:
@@ -39,9 +37,15 @@ def read_dino(source: str | Path) -> tuple[dict[str, Any] | None, State]:
 
 
 def fill_dino(model: DINO, state: State, source: str | Path) -> None:
-    """Loads what `read_dino` gave; TaskError lists keys that are missing or unexpected."""
-    if CENTER in state and CENTER not in model.state_dict():
-        state = {name: value for name, value in state.items() if name != CENTER}  # Sinkhorn-Knopp has none
+    """Loads what `read_dino` gave; TaskError lists keys that are missing or unexpected.
+
+    Centres that the model has no use for are left out. A DINO without iBOT may start one that has the same head for
+    patches: mask tokens and the patches' centre stay as they are in the model.
+    """
+    own = model.state_dict()
+    state = {name: value for name, value in state.items() if name in own or name not in CENTERS}
+    if not any(name in state for name in OF_IBOT):
+        state |= {name: own[name] for name in OF_IBOT if name in own}
     load_strictly(model, state, str(source))
 
 

@@ -104,8 +104,9 @@ def take_dino(own: DINO, settings: Mapping[str, Any], source: str) -> None:
         if theirs["targets"] == "sinkhorn":  # whose file has no centre
             found += _fields("", {"targets": "sinkhorn"}, settings)
         patches = [_patch_head(each["ibot"]) for each in (theirs, settings)]
-        if patches[0] != patches[1]:
-            found.append(Difference("ibot", patches[0], patches[1], f"model.ibot to {patches[0]}"))
+        starts = theirs["ibot"] is None and settings["ibot"] is not None and settings["ibot"]["head"] is None
+        if patches[0].name != patches[1].name and not starts:
+            found.append(Difference("ibot", patches[0].name, patches[1].name, patches[0].option))
         refuse(f"init_checkpoint {source}", found)
     fill_dino(own, state, source)
 
@@ -215,11 +216,19 @@ def _fields(owner: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> l
     ]
 
 
-def _patch_head(ibot: Mapping[str, Any] | None) -> str:
-    """What iBOT adds to a DINO's parameters."""
+class _PatchHead(NamedTuple):
+    name: str
+    option: str
+
+
+def _patch_head(ibot: Mapping[str, Any] | None) -> _PatchHead:
+    """What iBOT adds to a DINO's parameters, and the option that makes a run have it."""
     if ibot is None:
-        return "null"
-    return "on, with the head of the class tokens" if ibot["head"] is None else f"on, with a head {dict(ibot['head'])}"
+        return _PatchHead("off", "--model.ibot null")
+    if ibot["head"] is None:
+        return _PatchHead("on, with the head of the class tokens", "--model.ibot.head null")
+    sizes = ", ".join(f"{name}: {_told(value)}" for name, value in ibot["head"].items())
+    return _PatchHead(f"on, with a head {{{sizes}}}", f'--model.ibot.head "{{{sizes}}}"')
 
 
 def _told(value: Any) -> str:

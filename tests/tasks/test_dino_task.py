@@ -241,6 +241,36 @@ def test_start_from_whole_checkpoints(tmp_path: Path) -> None:
         fit(tiny_task(head=replace(HEAD, prototypes=8), init_checkpoint=str(tmp_path / "ours.ckpt")), 1)
 
 
+def test_start_from_a_dino_with_other_targets_or_without_ibot(tmp_path: Path) -> None:
+    """Centres are left behind by Sinkhorn-Knopp; iBOT with the same head begins with a mask token and a centre of 0."""
+    own_head = IBOTConfig(head=HeadConfig(12, 16, 8))
+    saved: dict[str, Any] = {}
+    for name, ibot in (("plain", None), ("shared", IBOTConfig()), ("own", own_head)):
+        task = tiny_task(ibot=ibot)
+        fit(task, 3, callbacks=[Stop(2, tmp_path / f"{name}.ckpt")])
+        saved[name] = state(task.model)
+    added = {"student.mask_token", "teacher.mask_token", "ibot_targets.center"}
+    centers = {"dino_targets.center", "ibot_targets.center"}
+    for name, new, extra in (
+        ("shared", {"ibot": IBOTConfig(), "targets": "sinkhorn"}, set()),
+        ("own", {"ibot": own_head, "targets": "sinkhorn"}, set()),
+        ("plain", {"targets": "sinkhorn"}, set()),
+        ("plain", {"ibot": IBOTConfig()}, added),
+        ("plain", {"ibot": IBOTConfig(), "targets": "sinkhorn"}, added - centers),
+    ):
+        fit(tiny_task(init_checkpoint=str(tmp_path / f"{name}.ckpt"), **new), 1, callbacks=[Before(found := [])])
+        assert found[0].keys() - saved[name].keys() == extra and not any(found[0][key].any() for key in extra)
+        kept = saved[name].keys() - (centers if new.get("targets") else set())
+        assert all(torch.equal(found[0][key], saved[name][key]) for key in kept)
+    for name, new, option in (
+        ("shared", None, r"--model\.ibot\.head null$"),
+        ("own", IBOTConfig(), r'--model\.ibot\.head "\{prototypes: 12, .*norm_last_layer: true\}"$'),
+        ("plain", own_head, r"--model\.ibot null$"),
+    ):
+        with pytest.raises(TaskError, match=f"ibot is o.* To start from it set {option}"):
+            fit(tiny_task(init_checkpoint=str(tmp_path / f"{name}.ckpt"), ibot=new), 1)
+
+
 class Before(Callback):
     def __init__(self, found: list[Any]) -> None:
         self.found = found

@@ -16,7 +16,6 @@ from torchvision.transforms import CenterCrop, Resize
 from tasks import export as room
 from tasks import load_encoder
 from tasks.clip_files import load_clip
-from tasks.dino_files import load_dino
 from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import save_encoder
 from tasks.encoders import Encoder
@@ -24,6 +23,7 @@ from tasks.errors import TaskError
 from tasks.export import export
 from tasks.mae import load_mae
 from tasks.mae_task import MAETask
+from tasks.starting_point import take_dino
 from tasks.task import PretrainTask
 from tasks.timm_files import crop_share
 from tests.tasks import clip_runs, dino_runs
@@ -183,7 +183,7 @@ def test_a_whole_dino_comes_along_and_its_encoder_is_the_teachers(tmp_path: Path
     source = checkpoint(task, tmp_path / "last.ckpt")
     export(source, tmp_path / "whole.safetensors", whole=True)
     other = dino_runs.tiny_task().model
-    load_dino(other, tmp_path / "whole.safetensors")
+    take_dino(other, task.model_settings(), str(tmp_path / "whole.safetensors"))
     assert dino_runs.same(dino_runs.state(other), dino_runs.state(task.model))
     export(source, tmp_path / "encoder.safetensors")
     images, teacher = torch.randn(2, 3, 16, 16), task.model.teacher.encoder

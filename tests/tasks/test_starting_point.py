@@ -188,8 +188,8 @@ def test_a_whole_dino_is_the_same_or_refused(tmp_path: Path) -> None:
     state = {f"model.{name}": value for name, value in task.model.state_dict().items()}
     torch.save({"trivit": about, "state_dict": state}, tmp_path / "timm.ckpt")
     take_dino(task.model, task.model_settings(), str(tmp_path / "timm.ckpt"))
-    ibot = dino_runs.tiny_task(ibot=IBOTConfig())
-    with pytest.raises(TaskError, match=r"ibot is null there, on, with the head of .* here.*ibot to null"):
+    ibot = dino_runs.tiny_task(ibot=IBOTConfig(head=dino_runs.HEAD))
+    with pytest.raises(TaskError, match=r"ibot is off there, on, with a head .* here.*set --model\.ibot null$"):
         take_dino(ibot.model, ibot.model_settings(), source)
     centreless = dino_runs.tiny_task(targets="sinkhorn")
     take_dino(centreless.model, centreless.model_settings(), source)
