@@ -60,6 +60,15 @@ class ProbeSettings:
     localisation: Localisation = field(default_factory=Localisation, repr=False)
     device: str = "cpu"
 
+    def check(self, names: Sequence[str], channels: int) -> None:
+        """EvaluationError for a setting of one of these probes that cannot work, before any of them has begun."""
+        for name in names:
+            config: Any = getattr(self, name, None)
+            if isinstance(config, Corruptions):
+                config.check(channels)
+            elif config is not None and hasattr(config, "check"):
+                config.check()
+
 
 class Scored(Protocol):
     """Test labels [t] and the number of classes."""

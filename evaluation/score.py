@@ -1,6 +1,5 @@
 """`trivit evaluate`: an encoder, labelled train and test images, and out come numbers that carry their protocol."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from datamodules.console import table
 from datamodules.manifest import load_manifest
 from datamodules.open_shards import open_shards
 from datamodules.remote import is_remote
-from datamodules.sidecars import cannot_write, write_aside
 from evaluation.attribute_table import attribute_summary
 from evaluation.attributes import Attribute, read_attributes
 from evaluation.errors import EvaluationError
@@ -26,6 +24,7 @@ from evaluation.labels import check_labelled, match_labels
 from evaluation.probe_lines import probe_lines
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
 from evaluation.ranks import one_decimal
+from evaluation.results_file import merge, results_file, run_of
 from evaluation.team import Team
 from evaluation.text_lines import text_summary
 from tasks.encoder_config import Pool
@@ -101,6 +100,7 @@ def evaluate(
     encoder.config = config = replace(encoder.config, pool=pool or encoder.config.pool)
     device = device or pick_device()
     settings = replace(settings or ProbeSettings(), device=device)
+    settings.check((*learned, *dense), config.in_chans)
     test_root = open_shards(test)
     train_root = open_shards(train) if train is not None and (learned or dense) else None
     features = cache_dir / "features" if cache_dir else None
@@ -161,10 +161,13 @@ def evaluate(
         if on_images:
             from evaluation.score_images import score_on_images
 
-            results |= score_on_images(
+            for found in score_on_images(
                 on_images, encoder, train_root, trained, test_root, tested, data, settings, about, workers=workers,
                 batch_size=batch_size, precision=precision, progress=progress,
-            )  # fmt: skip
+            ):  # fmt: skip
+                results |= found
+                if place is not None:
+                    merge(place, results)  # what took hours is not lost when the next one fails
         if any(name in NAMES for name in learned):
             told.append(summary(results, about))
         if "attributes" in learned:
@@ -213,69 +216,6 @@ def evaluate(
         print("\n".join(told))
         print(f"results: {place}" if place else "results were not written: give --output to keep them")
     return results
-
-
-def results_file(source: str | os.PathLike[str], output: str | os.PathLike[str] | None) -> Path | None:
-    """Where results.json goes: `output`, the run, or the run that a checkpoint lies in; None for another source."""
-    if output is not None:
-        if Path(output).is_file():
-            raise EvaluationError(f"--output {output} is a file: name a folder")
-        return Path(output) / "results.json"
-    run = run_of(source)
-    return None if run is None else run / "results.json"
-
-
-def run_of(source: str | os.PathLike[str]) -> Path | None:
-    """The folder of the run that a source is, or lies in as a checkpoint; None for another source."""
-    path = Path(source)
-    for run in (path, path.parent.parent):
-        if not str(source).startswith("timm:") and (run / "config.yaml").is_file():
-            return run
-    return None
-
-
-def merge(place: Path, results: dict[str, Any]) -> None:
-    """Put the results into the file, beside those of other probes that are there already; written aside, renamed.
-
-    Scores of another checkpoint are not kept beside the new ones, nor floors on other test images than their probe's:
-    they would look comparable.
-    """
-    old: dict[str, Any] = {}
-    if place.exists():
-        try:
-            old = json.loads(place.read_text())
-            if not isinstance(old, dict):
-                raise ValueError
-        except ValueError as error:
-            raise EvaluationError(f"{place} is not a JSON object: move it away and evaluate again") from error
-    kept = old.pop("floors", None)
-    kept = kept if isinstance(kept, dict) else {}
-    checkpoints = {None, *(_about(result)[0] for name, result in results.items() if name != "floors")}
-    other = {name for name, result in old.items() if _about(result)[0] not in checkpoints}
-    if other:
-        print(f"note: dropped {', '.join(sorted(other))}, of another checkpoint", file=sys.stderr)
-        old = {name: result for name, result in old.items() if name not in other}
-    scores = old | results
-    floors = results.get("floors", {})
-    merged = {
-        name: {p: r for p, r in kept.get(name, {}).items() if p in scores and _about(r)[1] == _about(scores[p])[1]}
-        | floors.get(name, {})
-        for name in {**kept, **floors}
-    }
-    merged_floors = {name: floor for name, floor in merged.items() if floor}
-    new = scores | ({"floors": merged_floors} if merged_floors else {})
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(place, (json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise EvaluationError(cannot_write(place, error)) from error
-
-
-def _about(result: Any) -> tuple[Any, Any]:
-    """Checkpoint and test images behind a score."""
-    protocol = result.get("protocol", {}) if isinstance(result, dict) else {}
-    test = protocol.get("test")
-    return protocol.get("checkpoint"), test.get("hash") if isinstance(test, dict) else None
 
 
 def about_data(features: Features, given: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The part of `evaluate` for probes that need images: what they learn from, their floors, their protocol."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ UNTRAINED = f"the same encoder, untrained (initialisation seed {UNTRAINED_SEED})
 def score_on_images(
     names: Sequence[str], encoder: Encoder, train: Path, trained: Features, test: Path, tested: Features,
     probed: ProbeData, settings: ProbeSettings, about: Mapping[str, Any], **how: Any,
-) -> dict[str, Result]:  # fmt: skip
-    """Results of `probes.LABELLED_IMAGES` by name.
+) -> Iterator[dict[str, Result]]:  # fmt: skip
+    """Results of `probes.LABELLED_IMAGES` by name, each as soon as it is there: they may take hours.
 
     Args:
         names: of the probes.
@@ -35,14 +35,12 @@ def score_on_images(
         train, rows_of(train, trained.key), trained.key, trained.label, test, rows_of(test, tested.key), tested.key,
         probed.test_label, probed.classes, device=settings.device, **how,
     )  # fmt: skip
-    results: dict[str, Result] = {}
     for name in names:
         if name == "corruptions":
             result = score_corruptions(encoder, data, settings, probed.train, probed.test)
         else:
             result = IMAGE_PROBES[name](encoder, data, settings)
-        results[name] = result | {"protocol": dict(about) | result["protocol"]}
-    return results
+        yield {name: result | {"protocol": dict(about) | result["protocol"]}}
 
 
 def score_dense(

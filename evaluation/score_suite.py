@@ -16,7 +16,8 @@ from evaluation.features import assist
 from evaluation.probe_options import with_options
 from evaluation.probes import ProbeSettings
 from evaluation.ranks import one_decimal
-from evaluation.score import evaluate, merge, results_file
+from evaluation.results_file import merge, results_file
+from evaluation.score import evaluate
 from evaluation.suite import METRICS, Task, metric_of, read_suite
 from evaluation.team import gather_team
 from tasks.encoder_files import checkpoint_hash

@@ -11,8 +11,11 @@ from datamodules.manifest import load_manifest
 from datamodules.shard_reader import ShardReader
 from datamodules.shard_writer import ShardWriter
 from evaluation.errors import EvaluationError
+from evaluation.image_probes import IMAGE_PROBES
+from evaluation.probe_options import with_options
 from evaluation.probes import ProbeSettings
-from evaluation.score import evaluate, merge, results_file
+from evaluation.results_file import merge, results_file
+from evaluation.score import evaluate
 from pretrain.cli import main
 from tasks.encoder_files import save_encoder
 from tasks.encoders import Encoder
@@ -125,6 +128,24 @@ def test_probes_on_images_on_the_command_line(
     assert found["finetune"]["protocol"]["layer_decay"] == 0.65
     printed = capsys.readouterr().out
     assert all(f"\n{name}: top-1 " in printed for name in names)
+
+
+def test_what_is_done_is_kept_when_the_next_probe_fails(
+    cache: Path, encoder_file: Path, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise EvaluationError("the loss is not finite")
+
+    few = with_options(ProbeSettings(), ["linear_paper.steps=1", "linear_paper.rates=1", "ks=5"])
+    both: dict[str, Any] = {"probes": ("knn", "linear_paper", "attentive"), "floors": False, "output": tmp_path}
+    with pytest.raises(EvaluationError, match="linear_paper needs rates"):
+        wrong = with_options(few, ["linear_paper.rates=0"])
+        run_evaluate(encoder_file, world / "train", world / "test", settings=wrong, **both)
+    assert not (tmp_path / "results.json").exists(), "before any probe has begun"
+    monkeypatch.setitem(IMAGE_PROBES, "attentive", fail)
+    with pytest.raises(EvaluationError, match="not finite"):
+        run_evaluate(encoder_file, world / "train", world / "test", settings=few, **both)
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"knn", "linear_paper"}
 
 
 def test_probes_on_masks_need_no_labels(
