@@ -114,9 +114,22 @@ class FiniteGuard(Callback):
         state = self.directory / "non_finite.ckpt"
         trainer.save_checkpoint(state)
         what = "a gradient" if bad_norm else "the loss"
-        untouched = ", last.ckpt is untouched" if (self.directory / "last.ckpt").exists() else ""
-        raise NonFiniteError(
-            f"{what} became NaN or infinite at step {step} (samples {', '.join(keys[:4])} ..., all in {note}); the "
-            f"state before it was saved to {state}{untouched}. Try a lower rate, a longer warm-up, bf16 or fp32 "
-            "instead of fp16"
-        )
+        where = f"(samples {', '.join(keys[:4])} ..., all in {note}); the state before it was saved to {state}"
+        rate = _half_the_rate(getattr(trainer, "lightning_module", None))
+        other = "a longer warm-up, or bf16 or fp32 instead of fp16"
+        if (self.directory / "last.ckpt").exists():
+            name = rate.split()[0].lstrip("-")
+            advice = (
+                f"last.ckpt is untouched: the same command with {rate} --allow_changes '[{name}]' goes on from it; "
+                f"if that fails, too, begin anew in another --output, with a lower rate, {other}"
+            )
+        else:
+            advice = f"begin anew in another --output, with {rate}, {other}"
+        raise NonFiniteError(f"{what} became NaN or infinite at step {step} {where}. To go on: {advice}")
+
+
+def _half_the_rate(task: Any) -> str:
+    """The option that halves the peak learning rate of a task."""
+    name = "lr" if getattr(task, "lr", None) is not None else "base_lr"
+    rate = getattr(task, name, None)
+    return f"--model.{name} {rate / 2:g}" if rate else "--model.lr (lower)"

@@ -181,9 +181,12 @@ def _trainer(
         # Lightning's own requeueing saves inside the signal handler; ours does where all ranks agree (`stop`).
         own["plugins"] += [SLURMEnvironment(auto_requeue=False)]
     try:
-        return Trainer(**{**dict(settings), **own}), progress
+        trainer = Trainer(**{**dict(settings), **own})
     except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"the trainer settings cannot work here: {error}") from error
+    if str(settings.precision).startswith("16") and trainer.precision == "bf16-mixed" and launched_rank() == 0:
+        print("trainer.precision 16-mixed needs a GPU: on this CPU the run takes bf16-mixed", file=sys.stderr)
+    return trainer, progress
 
 
 def _match(task: PretrainTask, data: ShardDataModule) -> None:
@@ -289,6 +292,7 @@ def _quiet() -> None:
         ".*max_epochs.*",
         ".*litlogger.*",
         ".*isinstance.*LeafSpec.*",
+        ".*AMP with fp16 is not supported on CPU.*",  # told in our own words
         ".*in eval mode at the start.*",
         ".*`srun` command is available.*",
         ".*overridden .on_before_batch_transfer.*",

@@ -117,6 +117,8 @@ def checkpoint_path(source: str | Path) -> Path:
         return path / TIMM_WEIGHTS_FILE
     if path.is_dir() and not (path / ABOUT).is_file():
         path = path / "checkpoints" / "last.ckpt"
+        if not path.exists() and (state := path.with_name("non_finite.ckpt")).exists():
+            raise TaskError(f"{source} ended with NaN before its first checkpoint; {state} is its state just before")
         if not path.exists():
             raise TaskError(f"{source} is no finished or running trivit run: it has no checkpoints/last.ckpt")
     if not path.exists():

@@ -33,6 +33,8 @@ from pretrain.cli import main
 from pretrain.config import parse
 from pretrain.errors import NonFiniteError, RunError
 from pretrain.run import train
+from tasks import load_encoder
+from tasks.errors import TaskError
 from tests.pretrain.conftest import pretrain
 
 
@@ -192,11 +194,28 @@ def test_nan_stops_the_run_and_names_step_and_samples(
     assert pretrain(*small, "--output", run, "--model.lr", "1e20", "--checkpoint_every", 1) == 1
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: "))
     assert "NaN or infinite at step" in line and "last.ckpt is untouched" in line
+    assert "--model.base_lr" not in line and "--model.lr 5e+19 --allow_changes '[model.lr]'" in line
     facts = json.loads((run / "checkpoints/non_finite_rank0.json").read_text())
     assert facts["step"] >= 2 and (facts["keys"] or facts["gradient_norm_bad"])
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert all(v.isfinite().all() for v in state["state_dict"].values() if v.is_floating_point())
     assert (run / "checkpoints/non_finite.ckpt").exists()
+    saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    length = ["--trainer.max_steps", 8, "--allow_changes", "[model.lr]"]
+    assert pretrain(*small, "--output", run, "--model.lr", 1e-6, *length) == 1  # these weights had left the earth
+    assert f"at step {saved} of 8" in capsys.readouterr().out
+    (run / "checkpoints/last.ckpt").unlink()
+    with pytest.raises(TaskError, match="ended with NaN before its first checkpoint"):
+        load_encoder(run)
+
+
+def test_half_precision_on_a_cpu_is_told_in_one_line(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain(*small, "--output", tmp_path / "run", "--trainer.precision", "16-mixed") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "trainer.precision 16-mixed needs a GPU: on this CPU the run takes bf16-mixed"
+    assert not any("AMP" in line or "accelerator_connector" in line for line in lines)
 
 
 def test_a_bad_gradient_never_reaches_the_weights_and_names_its_own_samples(
