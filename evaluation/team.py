@@ -19,6 +19,7 @@ from torch import distributed as dist
 from evaluation.errors import EvaluationError
 
 _CHUNK_BYTES = 64 << 20
+_MEETING = timedelta(minutes=5)
 _PATIENCE = timedelta(days=7)  # the others wait while the first one fits its probes
 
 
@@ -28,35 +29,36 @@ class Team:
 
     rank: int = 0
     size: int = 1
+    group: Any = None
 
     def hand_out(self, job: dict[str, Any] | None) -> dict[str, Any] | None:
         """Collective: what the first process gives, on all of them; None sends the others home."""
         box = [job]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def agree(self, failure: str | None) -> None:
         """Collective: EvaluationError on all processes when one of them failed."""
         told: list[str | None] = [None] * self.size
-        dist.all_gather_object(told, failure)
+        dist.all_gather_object(told, failure, group=self.group)
         if first := next((each for each in told if each), None):
             raise EvaluationError(first)
 
     def send(self, file: Path, about: Any) -> None:
         """Give a file and something picklable to the first process."""
-        dist.send_object_list([about, file.stat().st_size], dst=0)
+        dist.send_object_list([about, file.stat().st_size], dst=0, group=self.group)
         with file.open("rb") as source:
             while data := source.read(_CHUNK_BYTES):
-                dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=0)
+                dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=0, group=self.group)
 
     def receive(self, rank: int, write: Callable[[memoryview], Any]) -> Any:
         """Take what that process sends; the file goes to `write` piece by piece."""
         box: list[Any] = [None, None]
-        dist.recv_object_list(box, src=rank)
+        dist.recv_object_list(box, src=rank, group=self.group)
         about, left = box
         while left:
             data = torch.empty(min(left, _CHUNK_BYTES), dtype=torch.uint8)
-            dist.recv(data, src=rank)
+            dist.recv(data, src=rank, group=self.group)
             write(data.numpy().data)
             left -= len(data)
         return about
@@ -69,8 +71,14 @@ def gather_team() -> Iterator[Team]:
     if size <= 1 or dist.is_initialized() or "MASTER_ADDR" not in os.environ:
         yield Team()
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
-    team = Team(dist.get_rank(), dist.get_world_size())
+    try:
+        dist.init_process_group("gloo", timeout=_MEETING)
+    except (dist.DistError, RuntimeError) as error:
+        minutes = int(_MEETING.total_seconds() // 60)
+        raise EvaluationError(
+            f"the {size} processes of this evaluation have not met within {minutes} minutes"
+        ) from error
+    team = Team(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
         yield team
     finally:

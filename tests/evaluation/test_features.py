@@ -4,6 +4,7 @@ import os
 import socket
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from evaluation import features as features_module
 from evaluation.errors import EvaluationError
 from evaluation.features import cached_features, extract
 from evaluation.floors import PixelFeatures, shrink_pixels
+from evaluation.team import gather_team
 from pretrain.cli import main
 from tasks.encoder_files import load_encoder
 from tasks.encoders import Encoder
@@ -209,3 +211,15 @@ def test_a_part_that_fails_ends_all_processes_in_one_line(
     assert codes == [2, 0]
     assert "cannot be read now (first: shard-000024.tar" in said[0] and "Traceback" not in said[0] + said[1]
     assert list((cache / "features").iterdir()) == []
+
+
+def test_processes_that_never_meet_are_one_line(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("evaluation.team._MEETING", timedelta(seconds=1))
+    with pytest.raises(EvaluationError, match="the 2 processes of this evaluation have not met"), gather_team():
+        pass
