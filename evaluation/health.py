@@ -115,9 +115,10 @@ def newest(run: Run, name: str) -> float:
     return float(np.median(values)) if len(values) else math.nan
 
 
-def prototypes(run: Run) -> int:
-    """K of a DINO run."""
-    count = run.get("model.head.prototypes")
+def prototypes(run: Run, *, patches: bool = False) -> int:
+    """K of a DINO run, or of its hidden patches, which may have a head of their own (iBOT)."""
+    count = run.get("model.ibot.head.prototypes") if patches else None
+    count = run.get("model.head.prototypes") if count is None else count
     return count if isinstance(count, int) and count > 1 else 65536
 
 
@@ -141,6 +142,7 @@ def _dino(run: Run) -> Health:
         same way; or a target says nothing about its image (its mutual information with it is below 0.003 nats)
         though it is far from uniform.
     uniform: the teacher's entropy is within 0.3% of ln(K); the student may still be on its way there.
+        All of this but the features is asked of the targets of hidden patches too, where there are any (iBOT).
     diverging: the loss is more than 1 nat above ln(K), that of a student that knows nothing. (It can reach ln(K) + 20
         or so. Small runs that learn have been seen up to 0.4 nats above: students too sure of local views.)
     plateau: the loss is within 1.5% of ln(K), and what is left to learn is less than 2% of ln(K).
@@ -150,29 +152,27 @@ def _dino(run: Run) -> Health:
         the divergence to 3.4 times its first row.)
     early, and one point when the run ends so: fewer than 6 prototypes in use and not more and more.
     """
-    rows, step = len(run.metrics["step"]), run.step
+    rows, step, early = len(run.metrics["step"]), run.step, settled(run, 20)
     k, most = prototypes(run), math.log(prototypes(run))
     entropy, kl = newest(run, "train/teacher_entropy"), newest(run, "train/kl")
     used, spread = newest(run, "train/prototypes_used"), newest(run, "train/feature_std")
     if rows < ROWS:
-        return _early(run, settled(run, 20))
+        return _early(run, early)
     told, divergence = math.log(max(used, 1e-9)) - entropy, run.metrics["train/kl"]
     course = run.metrics["train/prototypes_used"][-ROWS:]
     in_use = f"{used:,.{1 if used < 10 else 0}f} of {k:,} prototypes are in use"
-    done = step >= settled(run, 20)
+    done = step >= early
     images = min(int(run.get("data.device_batch_size", 64)), int(run.get("data.global_batch_size", 64)))
-    if step >= 40 and used < 3 and course[-1] < 1.2 * course[0] and images >= 8:
-        return _ill("one point", f"Only {in_use}.")
     if done and spread < 0.05:
         return _ill("one point", f"The features of all images point the same way (standard deviation {spread:.3f}).")
-    if done and told < 0.003 and entropy < 0.9 * most:
-        return _ill("one point", "The teacher says the same about every image.")
-    if done and entropy > 0.997 * most:
-        text = f"The teacher finds all {k:,} prototypes alike for every image: its entropy is {entropy:.3f}, ln(K) is"
-        return _ill("uniform", f"{text} {most:.3f}.")
+    collapsed = _collapsed(run, done, images)
+    if collapsed is None and "train/ibot_teacher_entropy" in run.metrics:
+        collapsed = _collapsed(run, done, images, patches=True)
+    if collapsed is not None:
+        return collapsed
     if done and entropy + kl > 0.985 * most and kl < 0.02 * most:
         return _ill("plateau", f"The loss, {entropy + kl:.3f}, stays at ln({k:,}) = {most:.3f}.")
-    first, since = float(divergence[0]), run.metrics["step"] >= settled(run, 20)
+    first, since = float(divergence[0]), run.metrics["step"] >= early
     as_before = abs(spread / float(run.metrics["train/feature_std"][0]) - 1) < 0.2
     if done and as_before and kl > max(told, 0.85 * first) and _lowest(divergence[since]) > 0.85 * first:
         if rows < FEWEST_ROWS:
@@ -183,12 +183,30 @@ def _dino(run: Run) -> Health:
     if done and entropy + kl > most + 1:
         return _ill("diverging", f"The loss, {entropy + kl:.2f}, is above that of a student that guesses, {most:.2f}.")
     if not done:
-        return _early(run, settled(run, 20))
+        return _early(run, early)
     if used < 6 and course[-1] <= course[0] and images >= 8:
         if run.max_steps is not None and step >= run.max_steps:
             return _ill("one point", f"Only {in_use}.")
         return Health("early", f"Only {in_use}, and not more and more: this may become a collapse to one point.")
     return Health("learning", f"The student has {kl:.2f} nats left to learn from the teacher, {in_use}.")
+
+
+def _collapsed(run: Run, done: bool, images: int, *, patches: bool = False) -> Health | None:
+    """What the teacher's targets of class tokens, or of hidden patches, say of a collapse."""
+    k, prefix, what = prototypes(run, patches=patches), "train/", "image"
+    if patches:
+        prefix, what = "train/ibot_", "hidden patch"
+    entropy, used = newest(run, f"{prefix}teacher_entropy"), newest(run, f"{prefix}prototypes_used")
+    most, course = math.log(k), run.metrics[f"{prefix}prototypes_used"][-ROWS:]
+    if run.step >= 40 and used < 3 and course[-1] < 1.2 * course[0] and images >= 8:
+        whose = " by hidden patches" if patches else ""
+        return _ill("one point", f"Only {used:.1f} of {k:,} prototypes are in use{whose}.")
+    if done and math.log(max(used, 1e-9)) - entropy < 0.003 and entropy < 0.9 * most:
+        return _ill("one point", f"The teacher says the same about every {what}.")
+    if done and entropy > 0.997 * most:
+        text = f"The teacher finds all {k:,} prototypes alike for every {what}: its entropy is {entropy:.3f}, ln(K) is"
+        return _ill("uniform", f"{text} {most:.3f}.")
+    return None
 
 
 def _lowest(values: Column) -> float:

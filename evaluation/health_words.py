@@ -33,6 +33,17 @@ NUMBERS = {
     "train/center_norm": Number(
         "Norm of the centre", "length of the mean of the teacher's logits; it levels off in a run that learns"
     ),
+    "train/ibot_teacher_entropy": Number(
+        "Teacher entropy, hidden patches", "in nats: 0 if one prototype takes all of a patch, {ln_K_patches:.2f} if it "
+        "takes all prototypes alike",
+    ),
+    "train/ibot_prototypes_used": Number(
+        "Prototypes in use, hidden patches", "by some hundred patches of a batch: 1 if all share one, "
+        "{K_patches:,} if all are used alike",
+    ),
+    "train/ibot_center_norm": Number(
+        "Norm of the patches' centre", "length of the mean of the teacher's logits of hidden patches"
+    ),
     "rankme": Number(
         "RankMe", "how many directions the features of some fixed training images use: 1 after a collapse, at most the "
         "encoder's width; to be compared within a run and between encoders of one width",
@@ -72,8 +83,9 @@ NUMBERS = {
 
 def meaning(name: str, run: Run) -> str:
     """What a column of NUMBERS means in this run."""
-    k = prototypes(run)
-    return NUMBERS[name].meaning.format(K=k, ln_K=math.log(k), B=pairs(run))
+    k, of_patches = prototypes(run), prototypes(run, patches=True)
+    sizes = {"K": k, "ln_K": math.log(k), "K_patches": of_patches, "ln_K_patches": math.log(of_patches)}
+    return NUMBERS[name].meaning.format(**sizes, B=pairs(run))
 
 
 def meaning_for(name: str, runs: Sequence[Run]) -> str:

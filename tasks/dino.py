@@ -19,7 +19,7 @@ from tasks.block_masks import Hidden
 from tasks.centering import Centering
 from tasks.class_token import answers_alone, class_token
 from tasks.dino_head import DINOHead, HeadConfig
-from tasks.dino_health import dino_health
+from tasks.dino_health import dino_health, ibot_health
 from tasks.dino_loss import DINOLoss
 from tasks.drop_path import drop_path_keys
 from tasks.ema import update_ema
@@ -65,7 +65,7 @@ class DINOOutput(NamedTuple):
 
     loss: Tensor  # scalar, float32 or better
     parts: dict[str, Tensor]  # detached scalars: `dino`, and `ibot` and `koleo` where they are on, before their weights
-    health: dict[str, Tensor]  # detached scalars, see `dino_health`
+    health: dict[str, Tensor]  # detached scalars, see `dino_health` and `ibot_health`
     statistics: dict[str, Tensor]  # what the centres' update needs of this micro-batch
 
 
@@ -233,6 +233,9 @@ class DINO(nn.Module):
                 logits = self.teacher.patch_logits(seen)
                 targets = self.ibot_targets(logits, teacher_temp)
                 statistics |= self._statistics("ibot", self.ibot_targets, logits)
+                health |= ibot_health(targets)
+                if isinstance(self.ibot_targets, Centering):
+                    health["ibot_center_norm"] = self.ibot_targets.center.norm()
                 del logits
             ibot = self.ibot_loss(self.student.patch_logits(guessed), targets, hidden.weight(targets.dtype), g * b)
             parts["ibot"], loss = ibot.detach(), loss + self.ibot.weight * ibot

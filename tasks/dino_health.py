@@ -1,11 +1,14 @@
 """Numbers that tell whether DINO learns, as detached scalars; `evaluation` puts them into words.
 
-Axes: t = teacher views, b = images on this rank, k = prototypes, d = width.
+Axes: t = teacher views, b = images on this rank, m = hidden patches, k = prototypes, d = width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ENOUGH = 256
+"""Hidden patches that are looked at, or up to twice as many: all of a large batch would cost what the loss does."""
 
 
 @torch.no_grad()
@@ -23,7 +26,23 @@ def dino_health(targets: Tensor, loss: Tensor, features: Tensor) -> dict[str, Te
         loss: DINO's loss, the mean cross-entropy from targets to students.
         features: the teacher's, of one view of each image [b d].
     """
-    entropy = torch.special.entr(targets).sum(dim=-1).mean()
-    used = torch.special.entr(targets.mean(dim=(0, 1))).sum().exp()
+    entropy, used = _entropy_and_use(targets.flatten(0, 1))
     spread = F.normalize(features.float(), dim=-1).var(dim=0, correction=0).sum().sqrt()
     return {"teacher_entropy": entropy, "kl": loss.detach() - entropy, "prototypes_used": used, "feature_std": spread}
+
+
+@torch.no_grad()
+def ibot_health(targets: Tensor) -> dict[str, Tensor]:
+    """teacher_entropy and prototypes_used, as of class tokens, of the patches' targets; NaN where none is hidden.
+
+    Args:
+        targets: [m k], rows sum to 1.
+    """
+    entropy, used = _entropy_and_use(targets[:: max(1, len(targets) // ENOUGH)])
+    return {"ibot_teacher_entropy": entropy, "ibot_prototypes_used": used}
+
+
+def _entropy_and_use(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of targets in rows: their mean entropy, and exp(entropy of their mean)."""
+    entropy = torch.special.entr(targets).sum(dim=-1).mean()
+    return entropy, torch.special.entr(targets.mean(dim=0)).sum().exp()

@@ -3,6 +3,7 @@ tests/pretrain/test_illnesses.py."""
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def test_dino_at_any_size(size: tuple[int, int, int]) -> None:
         ({"entropy": 0.6 * log_k, "kl": 0.4 * log_k + 1.5, "feature_std": lambda x: 0.7 - 0.4 * x}, "diverging"),
     ):  # fmt: skip
         assert state(dino(*size, **{**healthy, **changes})) == expected, changes
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_hidden_patches_are_judged_as_class_tokens_are(size: tuple[int, int, int]) -> None:
+    own = 4096  # prototypes of a head for patches
+    log_k, log_own = math.log(size[0]), math.log(own)
+    healthy = {"entropy": 0.85 * log_k, "kl": 0.05 * log_k, "prototypes_used": 0.8 * size[0], "feature_std": 0.5}
+    for patches, expected, words in (
+        ({"ibot_teacher_entropy": 0.7 * log_own, "ibot_prototypes_used": 0.7 * own}, "learning", "nats left"),
+        ({"ibot_teacher_entropy": 0.1, "ibot_prototypes_used": 1.3}, "one point", "1.3 of 4,096 .* by hidden patches"),
+        ({"ibot_teacher_entropy": 0.5 * log_own, "ibot_prototypes_used": own**0.5}, "one point", "every hidden patch"),
+        ({"ibot_teacher_entropy": log_own, "ibot_prototypes_used": own}, "uniform", "all 4,096 .* every hidden patch"),
+        ({"ibot_teacher_entropy": math.nan, "ibot_prototypes_used": math.nan}, "learning", "nats left"),
+    ):
+        ill = dino(*size, **healthy, **patches)
+        ill.config["model"]["init_args"]["ibot"] = {"head": {"prototypes": own}}
+        assert state(ill) == expected, patches
+        assert re.search(words, judge_health(ill).reason), judge_health(ill).reason
 
 
 @pytest.mark.parametrize("size", SIZES)

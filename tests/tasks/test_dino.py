@@ -13,6 +13,7 @@ from tasks.centering import Centering
 from tasks.class_token import answers_alone, class_token
 from tasks.dino import DINO, IBOTConfig
 from tasks.dino_head import DINOHead, HeadConfig
+from tasks.dino_health import dino_health, ibot_health
 from tasks.dino_loss import DINOLoss
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
@@ -208,8 +209,6 @@ def test_the_start_is_the_authors() -> None:
 
 
 def test_health_tells_the_two_collapses() -> None:
-    from tasks.dino_health import dino_health
-
     b, k = 16, 32
     one_point = torch.zeros(2, b, k)
     one_point[..., 3] = 1
@@ -225,6 +224,24 @@ def test_health_tells_the_two_collapses() -> None:
     assert health["feature_std"].item() > 0.9
     spread = torch.eye(k)[:b].expand(2, b, k)
     assert dino_health(spread, torch.tensor(0.0), many_features)["prototypes_used"].item() == pytest.approx(b)
+
+
+def test_health_of_hidden_patches_is_that_of_their_targets() -> None:
+    torch.manual_seed(0)
+    targets = torch.randn(3000, 9).mul(2).softmax(-1)
+    found = {name: value.item() for name, value in ibot_health(targets).items()}  # of some hundred rows
+    whole = dino_health(targets[None], torch.tensor(0.0), torch.ones(2, 2))
+    assert found["ibot_teacher_entropy"] == pytest.approx(whole["teacher_entropy"].item(), rel=0.1)
+    assert found["ibot_prototypes_used"] == pytest.approx(whole["prototypes_used"].item(), rel=0.1)
+    few = ibot_health(targets[:5])["ibot_teacher_entropy"]
+    assert few.item() == pytest.approx(torch.special.entr(targets[:5]).sum(-1).mean().item())
+    assert all(value.isnan() for value in ibot_health(targets[:0]).values())
+    model = tiny(ibot=IBOTConfig())
+    with torch.no_grad():
+        model.ibot_targets.center.fill_(2.0)  # type: ignore[union-attr, operator]
+    hidden = hide_blocks(torch.arange(3), 2, (4, 4), (0.3, 0.6), 1.0)
+    health = model(*views(), 0.04, hidden).health
+    assert health["ibot_center_norm"].item() == pytest.approx(8) and health["center_norm"].item() == 0
 
 
 @pytest.mark.parametrize(
