@@ -48,7 +48,7 @@ def nearest(train: Floats, test: Floats, k: int, device: str = "cpu") -> tuple[F
             f"kNN with k = {k} needs at least {k} train images, there are {len(train)}: "
             f"lower it with --set ks={max(1, len(train))}"
         )
-    search = _faiss if torch.device(device).type == "cpu" else partial(_torch, device=device)
+    search = search_faiss if torch.device(device).type == "cpu" else partial(search_torch, device=device)
     rows = max(1, TRAIN_BLOCK_BYTES // (4 * train.shape[1]))
     similarity = np.full((len(test), k), -np.inf, dtype=np.float32)
     index = np.zeros((len(test), k), dtype=np.int64)
@@ -65,14 +65,16 @@ def nearest(train: Floats, test: Floats, k: int, device: str = "cpu") -> tuple[F
     return similarity, index
 
 
-def _faiss(test: Floats, block: Floats, k: int) -> tuple[Floats, Ints]:
+def search_faiss(test: Floats, block: Floats, k: int) -> tuple[Floats, Ints]:
+    """Largest inner products of each test row [t d] with a block [n d], and where: [t k] each; on the CPU."""
     import faiss
 
     near, where = faiss.knn(test, block, k, metric=faiss.METRIC_INNER_PRODUCT)
     return near, where
 
 
-def _torch(test: Floats, block: Floats, k: int, device: str) -> tuple[Floats, Ints]:
+def search_torch(test: Floats, block: Floats, k: int, device: str) -> tuple[Floats, Ints]:
+    """The same on any device, with at most SIMILARITY_BYTES of products at a time."""
     rows = torch.from_numpy(block).to(device)
     near, where = [], []
     step = max(1, SIMILARITY_BYTES // (4 * len(block)))

@@ -110,10 +110,10 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
             mask = batch["mask"].to(data.device)
             _check_mask(mask, classes)
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
-            found += [_counts(p, m, classes) for p, m in zip(logits.argmax(1), mask, strict=True)]
+            found += [pixel_counts(p, m, classes) for p, m in zip(logits.argmax(1), mask, strict=True)]
     if not found:
         raise EvaluationError("segmentation: no test image has a mask of its size")
-    return _result(np.stack(found), seed)
+    return iou_result(np.stack(found), seed)
 
 
 def _logits(head: nn.Module, patches: Tensor, encoder: Encoder, mask: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _check_mask(mask: Tensor, classes: int) -> None:
         )
 
 
-def _counts(predicted: Tensor, mask: Tensor, classes: int) -> Doubles:
+def pixel_counts(predicted: Tensor, mask: Tensor, classes: int) -> Doubles:
     """Pixels of one image: right, predicted and true ones of each class [3k]."""
     known = mask != IGNORE
     p, m = predicted[known], mask[known]
@@ -150,8 +150,8 @@ def _miou(sums: Doubles) -> Doubles:
         return np.asarray(100 * np.nanmean(np.where(union > 0, right / union, np.nan), axis=1))
 
 
-def _result(counts: Doubles, seed: int) -> dict[str, Any]:
-    """From pixels of each image [t 3k]."""
+def iou_result(counts: Doubles, seed: int) -> dict[str, Any]:
+    """What `segmentation` returns, from the pixels of each image [t 3k]."""
     total = counts.sum(0)
     right, predicted, true = np.split(total, 3)
     union = predicted + true - right

@@ -18,7 +18,7 @@ from evaluation.boxes import read_boxes
 from evaluation.errors import EvaluationError
 from evaluation.image_data import ImageData
 from evaluation.localisation import Localisation, attention_box, iou, localisation
-from evaluation.segmentation import Segmentation, _counts, _result, segmentation
+from evaluation.segmentation import Segmentation, iou_result, pixel_counts, segmentation
 from tasks.encoders import Encoder
 from tests.evaluation.conftest import CONFIG
 
@@ -87,9 +87,9 @@ def test_a_linear_layer_finds_bright_patches_and_repeats(masked: Path) -> None:
 
 def test_mean_iou_by_hand() -> None:
     predicted, mask = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[0, 1], [0, 255]])
-    counts = _counts(predicted, mask, 3)
+    counts = pixel_counts(predicted, mask, 3)
     assert counts.tolist() == [1, 1, 0, 1, 2, 0, 2, 1, 0]
-    found = _result(np.stack([counts, counts]), seed=0)
+    found = iou_result(np.stack([counts, counts]), seed=0)
     assert found["miou"] == pytest.approx(50) and found["per_class"] == pytest.approx([50, 50, None])
     assert found["pixel_accuracy"] == pytest.approx(200 / 3)
     assert found["majority_miou"] == pytest.approx(100 / 3)

@@ -35,7 +35,7 @@ def test_golden_dino_vote(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("dino_knn_*.json")), ids=lambda p: p.stem)
 def test_golden_vote_as_on_an_accelerator(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "_faiss", partial(knn._torch, device="cpu"))
+    monkeypatch.setattr(knn, "search_faiss", partial(knn.search_torch, device="cpu"))
     monkeypatch.setattr(knn, "SIMILARITY_BYTES", 600 * 4 * 40)
     test_golden_dino_vote(path)
 
