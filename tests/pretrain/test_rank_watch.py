@@ -124,13 +124,18 @@ def test_a_run_without_room_for_it_goes_on(drawn: Path, tmp_path: Path, monkeypa
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_does(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one alone, or both together where each has only a part of the encoder."""
-    several = ["--data.train", drawn, "--trainer.max_steps", 3, "--trainer.strategy"]
+    probed = ["--probe.train", str(drawn), "--probe.test", str(drawn)]
+    several = ["--data.train", drawn, *probed, "--trainer.max_steps", 3, "--trainer.strategy"]
     commands = [[*SMALL, *several, strategy, "--output", tmp_path / strategy] for strategy in ("ddp", "fsdp2")]
-    pretrain_on_two_ranks(commands, tmp_path, "import pretrain.rank_watch as w; w.SHARE = 1e6")
-    monkeypatch.setattr(rank_watch, "SHARE", 1e6)
-    run_small(drawn, tmp_path / "one", "--trainer.max_steps", "3")
+    always = "import pretrain.rank_watch as w; w.RankWatch._may_spend = lambda *_: True"
+    pretrain_on_two_ranks(commands, tmp_path, always)
+    monkeypatch.setattr(RankWatch, "_may_spend", lambda *_: True)
+    run_small(drawn, tmp_path / "one", *probed, "--trainer.max_steps", "3")
     one, ddp, fsdp2 = ([float(row["rankme"]) for row in rows(tmp_path / name)] for name in ("one", "ddp", "fsdp2"))
     assert len(one) == 3 and ddp == pytest.approx(one, rel=1e-3) and fsdp2 == pytest.approx(one, rel=1e-3)
+    found = [[float(row["probe/knn"]) for row in rows(tmp_path / name)] for name in ("one", "ddp", "fsdp2")]
+    for values in found:
+        assert len(values) == 3 and values == pytest.approx(found[0], abs=100 / 96 + 1e-6)  # one image may be a tie
 
 
 def test_compiled_blocks_are_not_compiled_for_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
