@@ -4,21 +4,25 @@ import argparse
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from benchmarks import bytes_only, clip_step, dino_step, loader, mae_step, overhead, probes, scale
+from benchmarks import bytes_only, clip_step, dino_step, loader, mae_step, overhead, probes, ranks, scale
 from benchmarks.table import show, write
 
 
 def main() -> None:
-    """Print the table and write the JSON beside it."""
+    """Print the rows of each part as soon as they are there, then all of them; write the JSON beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/latest.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    parts = (overhead, mae_step, clip_step, dino_step, loader, bytes_only, scale, probes)
-    rows = [row for part in parts for row in part.measure()]
+    parts = (overhead, mae_step, clip_step, dino_step, loader, bytes_only, scale, probes, ranks)
+    rows = []
+    for part in tqdm(parts, desc="bench", unit="part", disable=None):
+        rows += (found := part.measure())
+        tqdm.write(show(found))
+        write(rows, arguments.json)
     print(show(rows))
-    write(rows, arguments.json)
 
 
 if __name__ == "__main__":
