@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 findings or failure, 2 the user's input, 99 please requeue
 import argparse
 import errno
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -33,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = user_message(error)
         if line is None:
             raise
-        if not getattr(error, "told_once", False) or import_module("pretrain.run_directory").launched_rank() == 0:
+        rank = import_module("pretrain.run_directory").launched_rank()
+        if rank == 0:
             print(f"trivit: {line}", file=sys.stderr)
+        elif not getattr(error, "told_once", False):
+            print(f"trivit: rank {rank} on {platform.node()}: {line}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
 
 

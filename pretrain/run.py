@@ -35,13 +35,14 @@ from pretrain.fsdp import NAME as FSDP2
 from pretrain.guard import FiniteGuard
 from pretrain.health_watch import HealthWatch
 from pretrain.key_log import KeyLog
+from pretrain.meet import meet
 from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
 from pretrain.probe_config import ProbeConfig
 from pretrain.probe_watch import ProbeWatch
 from pretrain.progress import Progress
 from pretrain.rank_watch import RankWatch
-from pretrain.run_directory import RunDirectory, launched_rank
+from pretrain.run_directory import RunDirectory, flatten, launched_rank
 from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
 from pretrain.vocabulary import vocabulary_of_the_run
@@ -118,6 +119,8 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoints):
                 callback.spoiled = checkpoint is not None and checkpoint.name != LAST
+            elif isinstance(callback, SameData):
+                callback.resumed = done
         if damaged and trainer.is_global_zero:
             print(f"{'; '.join(damaged)}: going on from {checkpoint}", file=sys.stderr)
         if done is not None:
@@ -126,6 +129,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         stop.listen((signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else ())
         try:
             watchdog.watch(launched_rank(), trainer.world_size)
+            meet(trainer.strategy.root_device, getattr(trainer.strategy, "process_group_backend", None))
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has made an exit code 1 of it
@@ -158,7 +162,7 @@ def _trainer(
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
     probe = [] if config.probe is None else [ProbeWatch(metrics, ProbeConfig(**vars(config.probe)))]
     callbacks = [
-        SameData(stop), guard, RankWatch(metrics), *probe, metrics, progress,
+        SameData(stop, flatten(plain(config))), guard, RankWatch(metrics), *probe, metrics, progress,
         HealthWatch(metrics, plain(config)), *([KeyLog(directory.samples, stop)] if config.log_keys else []),
         Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
     ]  # fmt: skip

@@ -6,6 +6,7 @@ is full, its worker was killed): if it left at once, the others would wait for i
 and makes all of them stop at the same place.
 """
 
+import platform
 import signal
 import threading
 from collections.abc import Iterable
@@ -67,8 +68,9 @@ class StopRequest:
             distributed.all_reduce(flags, op=distributed.ReduceOp.MAX, group=self._over_cpu())
             signum, bad = int(flags[0]), bool(flags[1])
             if flags[2]:
-                told = self.gather(failure and (str(failure), getattr(failure, "exit_code", 2)))
-                raise AgreedFailure(*next(line for line in told if line)) from failure
+                told = self.gather(failure and (platform.node(), str(failure), getattr(failure, "exit_code", 2)))
+                rank, (host, text, code) = next((rank, line) for rank, line in enumerate(told) if line)
+                raise AgreedFailure(text if rank == 0 else f"rank {rank} on {host}: {text}", code) from failure
         elif failure is not None:
             raise failure
         self.agreed = signum or None

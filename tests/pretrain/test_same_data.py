@@ -1,5 +1,6 @@
 """Ranks whose data differ all end before training, with one line."""
 
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +26,47 @@ def test_ranks_with_other_data_do_not_train(drawn: Path, tmp_path: Path) -> None
         port = server.getsockname()[1]
     several = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_steps", -1, "--epochs", 2]
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    newer = "import sys; from pretrain import same_data as s; s.code_version = lambda: 'newer'; "
+    newer += "from pretrain.cli import main; sys.exit(main())"
     ranks = [
-        start([*SMALL, *several, "--output", run, "--data.train", folder], RANK=rank, LOCAL_RANK=rank, **places)
-        for rank, folder in (("0", drawn), ("1", other))
-    ]
+        start([*SMALL, *several, "--output", run, "--data.train", folder, *more], *program, RANK=rank, LOCAL_RANK=rank,
+              **places)
+        for rank, folder, more, program in (
+            ("0", drawn, [], []), ("1", other, ["--model.mask_ratio", "0.6"], [("-c", newer)])
+        )
+    ]  # fmt: skip
     (code, error), (other_code, other_error) = (end(rank, 90) for rank in ranks)
     assert code == other_code == 2, (error, other_error)
     assert "Traceback" not in error + other_error
     (line,) = [line for line in (error + other_error).splitlines() if line.startswith("trivit: ")]
     assert f"it has other data, {other} (40 images) instead of {drawn} (96 images)" in line
     assert "rank 1 on " in line and "its trainer.max_steps is 4 instead of 12" in line and "seed" not in line
+    assert "its model.mask_ratio is 0.6 instead of 0.75" in line and "its code is newer instead of trivit" in line
     assert not (run / "metrics.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_shard_that_one_node_lacks_ends_all_ranks_in_a_line(drawn: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(drawn, other)
+    (other / "synth-000001.tar").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    several = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--output", tmp_path / "run", "--data.train"]
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    ranks = [
+        start([*SMALL, *several, folder], RANK=rank, LOCAL_RANK=rank, **places)
+        for rank, folder in (("0", drawn), ("1", other))
+    ]
+    (code, error), (other_code, other_error) = (end(rank, 90) for rank in ranks)
+    assert code == other_code == 2 and "Traceback" not in error + other_error
+    (line,) = [line for line in (error + other_error).splitlines() if line.startswith("trivit: ")]
+    assert f"rank 1 on {socket.gethostname()}: " in line and f"{other}/synth-000001.tar does not exist" in line
+
+
+def test_another_step_to_go_on_from_is_told() -> None:
+    with pytest.raises(AgreedFailure, match="go on from step 3 instead of the beginning: the run must lie where"):
+        meet({}, {"resumed": 3})
 
 
 @pytest.mark.parametrize("changed", [key for key in SETTINGS if key != "manifest"])
