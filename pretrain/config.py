@@ -32,7 +32,14 @@ from tasks.errors import TaskError
 from tasks.task import PretrainTask
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
-WITHOUT_CONFIG = ("--config", "-c", "--model", "--model.class_path", "--help", "-h", "--print_config")
+WITHOUT_CONFIG = (
+    "--config", "-c", "--model", "--model.class_path", "--help", "-h", "--print_config", "--model.help",
+    "--data.recipe.help",
+)  # fmt: skip
+DESCRIPTION = """Train an encoder by one of the tasks tasks.mae_task.MAETask, tasks.dino_task.DINOTask and
+tasks.clip_task.CLIPTask, which a config names. Their options, as they are given here (--model.teacher_temp 0.05):
+trivit pretrain --model.help tasks.dino_task.DINOTask. Those of the crops: --data.recipe.help
+datamodules.recipes.DINORecipe (MAERecipe, CLIPRecipe)."""
 
 
 class PretrainCLI(LightningCLI):
@@ -52,7 +59,7 @@ class PretrainCLI(LightningCLI):
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "prog": "trivit pretrain",
-                "description": "Train an encoder.",
+                "description": DESCRIPTION,
             },
             args=arguments,
             run=False,

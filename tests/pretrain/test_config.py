@@ -146,3 +146,22 @@ def test_a_timm_model_on_the_command_line_needs_no_sizes(capsys: pytest.CaptureF
     assert asked.model.init_args.encoder.width == 32  # EncoderConfig refuses it
     plain = parse([*command, "--model.encoder.arch", "vit_small"])[1].model.init_args.encoder
     assert (plain.width, plain.depth) == (192, 6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["--help"], ["tasks.mae_task.MAETask", "tasks.clip_task.CLIPTask", "--model.help tasks.dino_task.DINOTask"]),
+        (["--model.help", "tasks.dino_task.DINOTask"], ["--model.teacher_temp", "temperature of the teacher"]),
+        (["--model.help=tasks.mae_task.MAETask"], ["--model.mask_ratio"]),
+        (["--data.recipe.help", "datamodules.recipes.DINORecipe"], ["--data.recipe.local_views"]),
+    ],
+)
+def test_options_of_the_tasks_can_be_found(
+    asked: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--help` names the tasks and how to see their options, which needs no config."""
+    with pytest.raises(SystemExit) as end:
+        pretrain(*asked)
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and all(word in " ".join(said.split()) for word in words), said[:2000]
