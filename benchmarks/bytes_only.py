@@ -8,7 +8,6 @@ Run: python -m benchmarks.bytes_only
 """
 
 import resource
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.table import Row, show
+from benchmarks.table import Row, compared, show
 from datamodules.batches import empty_images
 from datamodules.loader import iterate
 from datamodules.manifest import load_manifest
@@ -73,9 +72,9 @@ def measure() -> list[Row]:
             steps = range(turn * BATCHES, (turn + 1) * BATCHES)
             ours.append(_cost(partial(iterate, stream, steps, workers=1)))
     return [
-        Row(
+        compared(
             "stream", f"bytes only, {BYTES // 1024} KB samples, 1 worker", "CPU us per sample",
-            statistics.median(ours), statistics.median(theirs), "webdataset's pipeline",
+            ours, theirs, "webdataset's pipeline",
         )
     ]  # fmt: skip
 

@@ -9,7 +9,6 @@ Run: python -m benchmarks.dino_step
 """
 
 import resource
-import statistics
 import tarfile
 import tempfile
 import time
@@ -26,7 +25,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.augmentations import DINOAugmentation
 from benchmarks.dino_plain import PlainDINO
 from benchmarks.steps import TaskStep, step_rows, task_of
-from benchmarks.table import Row, show
+from benchmarks.table import Row, compared, show
 from datamodules.loader import iterate
 from datamodules.synth import synth
 from pretrain.config import SHIPPED
@@ -55,7 +54,7 @@ def measure(rounds: int = 5) -> list[Row]:
     torch.set_num_threads(1)
     rows = [row for setting in (TIN40, SMALL) for row in step_rows("DINO step", setting, ours, plain, AGAINST, rounds)]
     rates = end_to_end()
-    rows.append(Row("DINO step", f"{TIN40.name}; with loading", "images/s", *rates, f"{AGAINST}, PIL"))
+    rows.append(compared("DINO step", f"{TIN40.name}; with loading", "images/s", *rates, f"{AGAINST}, PIL"))
     torch.set_num_threads(threads)
     return rows
 
@@ -87,7 +86,7 @@ def _plain(setting: Setting, next_views: Callable[[], Sequence[Tensor]]) -> Plai
     return PlainDINO(told, setting.views[0], setting.size, setting.batch, next_views)
 
 
-def end_to_end() -> tuple[float, float]:
+def end_to_end() -> tuple[list[float], list[float]]:
     """Images per CPU second of both sides, reading included."""
     with tempfile.TemporaryDirectory() as temporary:
         shards, folder = Path(temporary) / "shards", Path(temporary) / "folder"
@@ -108,7 +107,7 @@ def end_to_end() -> tuple[float, float]:
                 run(turn)
                 spent.append(_cpu() - before)
     images = STEPS * TIN40.batch
-    return images / statistics.median(seconds[0]), images / statistics.median(seconds[1])
+    return [images / each for each in seconds[0]], [images / each for each in seconds[1]]
 
 
 def _reading_ours(shards: Path) -> Callable[[int], None]:

@@ -14,7 +14,6 @@ import io
 import os
 import random
 import resource
-import statistics
 import tarfile
 import tempfile
 import time
@@ -29,7 +28,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
 from benchmarks import augmentations
-from benchmarks.table import Row, show, write
+from benchmarks.table import Row, compared, show, write
 from datamodules.loader import iterate
 from datamodules.manifest import load_manifest
 from datamodules.normalize import IMAGENET_MEAN, IMAGENET_STD, normalize
@@ -77,9 +76,10 @@ def _mae(only: str, *sets: Images) -> Iterator[Row]:
         if only in f"MAE loader {images.setting}":
             size = 64 if images.batch == 100 else 224
             ours, theirs = _in_turns(images, [MAERecipe(size)], augmentations.mae(size))
-            yield Row("MAE loader", images.setting, "images/s", ours[0], theirs, "ImageFolder + PIL + torchvision")
-            both = 1 / (1 / ours[0] + _seconds_an_image(size))
-            yield Row(
+            yield compared("MAE loader", images.setting, "images/s", ours[0], theirs, "ImageFolder + PIL + torchvision")
+            more = _seconds_an_image(size)
+            both = [1 / (1 / rate + more) for rate in ours[0]]
+            yield compared(
                 "MAE loader", f"{images.setting}; and normalising on that core", "images/s", both, theirs, "the same"
             )
 
@@ -91,7 +91,7 @@ def _dino(only: str, full: Images, small: Images, _: Images) -> Iterator[Row]:
             ours, theirs = _in_turns(images, recipes, augmentations.DINOAugmentation())
             for rate, where in zip(ours, ("colours left to the device", "colours, too"), strict=True):
                 setting = f"2x224 + 8x96, {images.setting}; {where}"
-                yield Row("DINO loader", setting, "images/s", rate, theirs, "ImageFolder + PIL + torchvision")
+                yield compared("DINO loader", setting, "images/s", rate, theirs, "ImageFolder + PIL + torchvision")
 
 
 def _clip(only: str, full: Images, small: Images, _: Images) -> Iterator[Row]:
@@ -99,7 +99,7 @@ def _clip(only: str, full: Images, small: Images, _: Images) -> Iterator[Row]:
         if only in f"CLIP loader {images.setting}":
             ours, theirs = _in_turns(images, [CLIPRecipe(224)], augmentations.clip(224), Tokenizer())
             setting = f"{images.setting}, and their captions as tokens"
-            yield Row(
+            yield compared(
                 "CLIP loader", setting, "images/s", ours[0], theirs, "ImageFolder + PIL + torchvision + open_clip"
             )
 
@@ -122,8 +122,8 @@ class _Captioned(Dataset[Any]):
 
 def _in_turns(
     images: Images, recipes: Sequence[Recipe], augmentation: Any, tokenize: Tokenizer | None = None
-) -> tuple[list[float], float]:
-    """Median rate of each recipe and of the baseline."""
+) -> tuple[list[list[float]], list[float]]:
+    """Rates of each turn, of each recipe and of the baseline."""
     if tokenize is not None:
         assert tokenize.vocab_size  # read before the workers are forked, as a run does
     steps = PASSES * images.count // images.batch
@@ -140,7 +140,7 @@ def _in_turns(
         which = range(turn * steps, (turn + 1) * steps)
         for stream, rate in zip(streams, rates, strict=True):
             rate.append(_rate(partial(iterate, stream, which, workers=1), images))
-    return [statistics.median(rate) for rate in rates], statistics.median(baseline)
+    return rates, baseline
 
 
 def _rate(make: Callable[[], Iterable[Any]], images: Images) -> float:

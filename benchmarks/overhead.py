@@ -6,7 +6,6 @@ A step is timed from the end of the one before, data waiting included, by the cl
 left out. Reported: medians and the ratio.
 """
 
-import statistics
 import tempfile
 import time
 from itertools import pairwise
@@ -18,7 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from benchmarks.table import Row
+from benchmarks.table import Row, compared
 from datamodules.normalize import normalize
 from datamodules.shard_datamodule import ShardDataModule
 from datamodules.synth import synth
@@ -57,8 +56,8 @@ def measure(rounds: int = 5, steps: int = 20) -> list[Row]:
     torch.set_num_threads(threads)
     rows = []
     for clock, unit in enumerate(("ms per step", "CPU ms per step")):
-        ours, plain = (1e3 * statistics.median(moment[clock] for moment in part) for part in (program, bare))
-        rows.append(Row("overhead", "MAE 192x6, 64 px, batch 128, 1 thread", unit, ours, plain, "bare PyTorch loop"))
+        sides = ([1e3 * moment[clock] for moment in part] for part in (program, bare))
+        rows.append(compared("overhead", "MAE 192x6, 64 px, batch 128, 1 thread", unit, *sides, "bare PyTorch loop"))
     return rows
 
 

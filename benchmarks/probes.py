@@ -42,8 +42,8 @@ def measure(train: int = TRAIN, test: int = TEST, large: tuple[int, int, int] | 
         seconds, accuracy = timed(partial(ours, x, label, y, truth))
         for against, other in others.items():
             theirs, found = timed(partial(other, x, label, y, truth))
-            told = f"{setting}; top-1 {accuracy:.1f} and {found:.1f}"
-            rows.append(Row(name, told, "CPU s", seconds, theirs, against))
+            told = f"top-1 {accuracy:.1f} and {found:.1f}"
+            rows.append(Row(name, setting, "CPU s", seconds, theirs, against, note=told))
     if large is not None:
         n, width, t = large
         command = [sys.executable, "-m", "benchmarks.probes", "--child", str(n), str(width), str(t)]

@@ -1,7 +1,6 @@
 """Training steps of two sides against each other: their CPU time in turns, and the memory each needs by itself."""
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch.utils._pytree import tree_map
 
 from benchmarks.memory import resident_mib
-from benchmarks.table import Row
+from benchmarks.table import Row, compared
 from datamodules.shard_datamodule import Layout
 from pretrain.checks import fill_in
 from pretrain.config import instantiate, parse
@@ -89,8 +88,8 @@ class TaskStep:
         return losses[0]
 
 
-def in_turns(sides: Sequence[Step], rounds: int, warm_up: int = 1) -> list[float]:
-    """Median CPU seconds of a step of each side; they take turns, and another one begins each round."""
+def in_turns(sides: Sequence[Step], rounds: int, warm_up: int = 1) -> list[list[float]]:
+    """CPU seconds of each round's step of each side; they take turns, and another one begins each round."""
     seconds: list[list[float]] = [[] for _ in sides]
     for turn in range(warm_up + rounds):
         order = list(enumerate(sides))
@@ -99,7 +98,7 @@ def in_turns(sides: Sequence[Step], rounds: int, warm_up: int = 1) -> list[float
             step()
             if turn >= warm_up:
                 seconds[i].append(time.process_time() - start)
-    return [statistics.median(each) for each in seconds]
+    return seconds
 
 
 def step_rows(name: str, setting: Any, ours: Callable[..., Step], baseline: Callable[[Any], Step], against: str,
@@ -113,7 +112,8 @@ def step_rows(name: str, setting: Any, ours: Callable[..., Step], baseline: Call
     rows = []
     for variant, seconds in zip(variants, times, strict=True):
         told = f"{setting.name}; ours {variant}, baseline float32" if variant else setting.name
-        rows.append(Row(name, told, "images/s", setting.batch / seconds, setting.batch / base, against))
+        rates = ([setting.batch / each for each in turns] for turns in (seconds, base))
+        rows.append(compared(name, told, "images/s", *rates, against))
     memory = [peak_memory(side, setting) for side in (ours, baseline)]
     return [*rows, Row(name, f"{setting.name}; peak memory", "MiB", memory[0], memory[1], against)]
 

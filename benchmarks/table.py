@@ -2,7 +2,9 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +12,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """`ours` against `baseline`, both in `unit`, measured in turns within one run."""
+    """`ours` against `baseline`, both in `unit`, measured in turns within one run.
+
+    `noise`: how far the ratio of one turn usually lies from that of the medians, as a share; None: one turn only.
+    `note`: what else was found; name, setting, unit and `against` say which row it is.
+    """
 
     name: str
     setting: str
@@ -18,6 +24,8 @@ class Row:
     ours: float
     baseline: float
     against: str
+    noise: float | None = None
+    note: str = ""
 
     @property
     def ratio(self) -> float:
@@ -25,17 +33,27 @@ class Row:
         return self.ours / self.baseline if self.unit.endswith("/s") else self.baseline / self.ours
 
 
-def show(rows: list[Row]) -> str:
+def compared(name: str, setting: str, unit: str, ours: Sequence[float], baseline: Sequence[float], against: str) -> Row:
+    """A row of the medians over turns."""
+    row = Row(name, setting, unit, statistics.median(ours), statistics.median(baseline), against)
+    turns = [replace(row, ours=own, baseline=other).ratio for own, other in zip(ours, baseline, strict=True)]
+    noise = statistics.median(abs(turn / row.ratio - 1) for turn in turns)
+    return replace(row, noise=noise if len(turns) > 1 else None)
+
+
+def show(rows: Sequence[Row]) -> str:
     """The table, in Markdown."""
-    lines = ["| what | setting | unit | trivit | baseline | ratio | against |", "|---|---|---|---:|---:|---:|---|"]
-    lines += [
-        f"| {r.name} | {r.setting} | {r.unit} | {r.ours:.1f} | {r.baseline:.1f} | {r.ratio:.3f} | {r.against} |"
-        for r in rows
-    ]
+    heads = "what", "setting", "unit", "trivit", "baseline", "ratio", "noise", "against"
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---|---:|---:|---:|---:|---|"]
+    for r in rows:
+        noise = "-" if r.noise is None else f"{r.noise:.1%}"
+        sides = f"{r.ours:,.4g} | {r.baseline:,.4g}"
+        setting = f"{r.setting}; {r.note}" if r.note else r.setting
+        lines.append(f"| {r.name} | {setting} | {r.unit} | {sides} | {r.ratio:.3f} | {noise} | {r.against} |")
     return "\n".join(lines)
 
 
-def write(rows: list[Row], path: Path) -> None:
+def write(rows: Sequence[Row], path: Path) -> None:
     """Rows with date, machine and versions, as JSON."""
     packages = ("torch", "torchvision", "lightning", "timm", "webdataset", "numpy")
     facts = {
