@@ -17,6 +17,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     """What happened, in a few numbers: (what, value)."""
     metrics, found = run.metrics, []
     batch = run.get("data.global_batch_size")
+    for name, what in (("init_encoder", "encoder from"), ("init_checkpoint", "weights from")):
+        if source := run.get(f"model.{name}"):
+            found.append((what, str(source)))
     if run.step:
         found.append(("steps", f"{run.step:,}"))
         if isinstance(batch, int):

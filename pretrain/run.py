@@ -25,6 +25,7 @@ from torch import distributed
 
 from datamodules.manifest import SKIPPED
 from datamodules.shard_datamodule import ShardDataModule
+from pretrain.beginning import Beginning
 from pretrain.checkpoint_files import LAST, CheckpointFiles
 from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, check_sizes, fill_in, max_steps
@@ -164,7 +165,7 @@ def _trainer(
     callbacks = [
         SameData(stop, flatten(plain(config))), guard, RankWatch(metrics), *probe, metrics, progress,
         HealthWatch(metrics, plain(config)), *([KeyLog(directory.samples, stop)] if config.log_keys else []),
-        Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
+        Beginning(), Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
     ]  # fmt: skip
     own: dict[str, Any] = {
         "max_steps": config.trainer.max_steps,

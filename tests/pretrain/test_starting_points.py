@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.report_tables import facts
+from evaluation.run_files import read_run
 from tasks import load_encoder
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
@@ -44,10 +46,14 @@ def test_an_image_tower_from_a_run(
     assert torch.equal(load_encoder(tmp_path / "clip")(images).patches, given(images).patches)
 
 
-def test_dino_from_a_mae_run(drawn: Path, tmp_path: Path) -> None:
+def test_dino_from_a_mae_run(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain(*MAE, "--data.train", drawn, "--output", tmp_path / "mae", "--trainer.max_steps", 3) == 0
     command = [*DINO, "--data.train", drawn, "--output", tmp_path / "dino", "--model.init_encoder", tmp_path / "mae"]
     assert pretrain(*command, "--model.head_warmup_epochs", "0.3", "--trainer.max_steps", 3) == 0
+    said, mae = capsys.readouterr().err, f"{tmp_path / 'mae'} (step 3)"
+    assert f"starting from the encoder of {mae}, everything else new; for 2 steps only the heads learn\n" in said
+    assert "step 2: the head warm-up is over" in said and said.count("the head warm-up") == 1
+    assert ("encoder from", str(tmp_path / "mae")) in facts(read_run(tmp_path / "dino"))
     start, end = load_encoder(tmp_path / "mae").trunk, load_encoder(tmp_path / "dino").trunk
     moved = [(start.state_dict()[name] - value).abs().max() for name, value in end.state_dict().items()]
     assert 0 < max(moved) < 0.05  # the teacher has followed a student that began there
