@@ -52,7 +52,7 @@ def label_free(x: Floats, label: Ints, config: LabelFree, seed: int = 0, device:
     """{"rankme", "uniformity", "purity" in percent, "interval" of the purity, "images"} of features x [n d].
 
     The purity is the mean share of an image's k nearest others (cosine) that have its label [n]; labels are looked at
-    for it alone. Its interval is a bootstrap over the images.
+    for it alone. Its interval is a bootstrap over the images. Where no image has a label (-1) there is neither.
 
     Raises:
         EvaluationError: there are not more than k images, or features that are not finite.
@@ -65,15 +65,13 @@ def label_free(x: Floats, label: Ints, config: LabelFree, seed: int = 0, device:
     count = min(config.images, len(x))
     rows = np.arange(count) * len(x) // count
     some, own = np.asarray(x[rows]), label[rows]
+    found = {"rankme": rankme(torch.from_numpy(some)), "uniformity": uniformity(some), "images": count}
+    if (own < 0).all():
+        return found
     _, index = nearest(some, some, config.k + 1, device)
     itself = index == np.arange(count)[:, None]
     itself[~itself.any(axis=1), -1] = True  # more than k images are exactly alike: any of them may go
     others = index[~itself].reshape(count, config.k)
     pure = (own[others] == own[:, None]).mean(axis=1)
-    return {
-        "rankme": rankme(torch.from_numpy(some)),
-        "uniformity": uniformity(some),
-        "purity": 100 * float(pure.mean()),
-        "interval": percentile_interval(100 * resampled_sums(pure[:, None], seed)[:, 0] / count),
-        "images": count,
-    }
+    interval = percentile_interval(100 * resampled_sums(pure[:, None], seed)[:, 0] / count)
+    return found | {"purity": 100 * float(pure.mean()), "interval": interval}

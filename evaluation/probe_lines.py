@@ -43,7 +43,8 @@ def _few_shot(found: Mapping[str, Any]) -> str:
 
 
 def _label_free(found: Mapping[str, Any]) -> str:
-    return f"RankMe {found['rankme']:.1f}, uniformity {found['uniformity']:.2f}, purity {one_decimal(found['purity'])}%"
+    purity = f"purity {one_decimal(found['purity'])}%" if "purity" in found else "no purity, which needs labels"
+    return f"RankMe {found['rankme']:.1f}, uniformity {found['uniformity']:.2f}, {purity}"
 
 
 def _top1(found: Mapping[str, Any]) -> str:

@@ -90,8 +90,12 @@ def evaluate(
         EvaluationError, TaskError, DataError: one line, for what the user can repair.
     """
     learned, dense, paired = check_probes(probes)
-    if train is None and (learners := [name for name in (*learned, *dense) if name != "localisation"]):
-        raise EvaluationError(f"{', '.join(learners)} learn from images: give --train")
+    if train is None:
+        learners = [name for name in (*learned, *dense) if name not in ("localisation", "label_free")]
+        if learners:
+            learn = "learns" if len(learners) == 1 else "learn"
+            raise EvaluationError(f"{', '.join(learners)} {learn} from labelled images: give --train")
+        train = test if learned else None  # label_free looks at one set only
     source = str(source)
     place = results_file(source, output)
     encoder = load_encoder(source, image_size=image_size)
@@ -122,17 +126,20 @@ def evaluate(
         )  # fmt: skip
 
     def pair(trained: Features, tested: Features) -> ProbeData:
+        if without_labels and (trained.label < 0).any():
+            return ProbeData(trained.x, np.full_like(trained.label, -1), tested.x, tested.label, 0, {})
         check_labelled(trained.label, "train")
         check_labelled(tested.label, "test")
         label, classes = match_labels(trained.classes, trained.label, tested.classes, tested.label)
         return ProbeData(trained.x, trained.label, tested.x, label, len(classes), attributes)
 
+    without_labels = list(learned) == ["label_free"]
     attributes: dict[str, Attribute] = {}
     results: dict[str, Any] = {}
     told: list[str] = []
     if learned and train is not None and train_root is not None:
         on_features, on_images = ([n for n in learned if (n in PROBES) == there] for there in (True, False))
-        if progress and train_root.resolve() == test_root.resolve():
+        if progress and train_root.resolve() == test_root.resolve() and not without_labels:
             print("note: train and test are the same images, so the scores say little", file=sys.stderr)
         trained, tested = read(encoder, train_root), read(encoder, test_root)
         if "attributes" in learned:
@@ -143,8 +150,10 @@ def evaluate(
             "train": about_data(trained, train),
             "test": about_data(tested, test),
             "classes": data.classes,
-            "majority_class": 100 * float(np.mean(data.test_label == np.bincount(data.train_label).argmax())),
         }
+        if data.classes:
+            largest = np.bincount(data.train_label).argmax()
+            about["majority_class"] = 100 * float(np.mean(data.test_label == largest))
         for probe in on_features:
             results[probe] = PROBES[probe](data, settings)
             results[probe]["protocol"] = about | results[probe]["protocol"]

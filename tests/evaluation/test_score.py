@@ -81,6 +81,21 @@ def test_small_train_sets_get_the_ks_that_fit(cache: Path, encoder_file: Path, t
         run_evaluate(encoder_file, tiny, world / "test", probes=("knn",), floors=False)
 
 
+def test_label_free_needs_neither_labels_nor_train(
+    cache: Path, encoder_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_images(tmp_path / "photos", 40, labelled=False)
+    command = ["evaluate", str(encoder_file), "--test", str(photos), "--output", str(tmp_path)]
+    assert main([*command, "--probes", "label_free"]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["label_free"]["rankme"] > 1 and "purity" not in found["label_free"]
+    assert found["label_free"]["protocol"]["train"]["images"] == 40
+    said = capsys.readouterr()
+    assert "no purity, which needs labels" in said.out and "raw pixels RankMe" in said.out and "same" not in said.err
+    assert main([*command, "--probes", "label_free,knn"]) == 2
+    assert "knn learns from labelled images: give --train" in capsys.readouterr().err
+
+
 def test_probes_on_features_and_their_settings_on_the_command_line(
     cache: Path, encoder_file: Path, tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +176,7 @@ def test_probes_on_masks_need_no_labels(
     assert set(found["floors"]["untrained"]) >= {"segmentation"}
     assert "segmentation: mean IoU" in capsys.readouterr().out
     assert main([*command, "--probes", "segmentation"]) == 2
-    assert "segmentation learn from images: give --train" in capsys.readouterr().err
+    assert "segmentation learns from labelled images: give --train" in capsys.readouterr().err
 
 
 def test_labels_that_are_texts_are_one_clear_line(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:
