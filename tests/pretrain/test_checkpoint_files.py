@@ -47,9 +47,11 @@ from pathlib import Path
 import tasks.sharded_files as files
 import pretrain.checkpoint_files as checkpoints
 from tests.pretrain.test_checkpoint_files import write
-folder, kind, at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder, kind, what, at = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 written = 0
-def killed(action):
+def killed(action, which="name"):
+    if which != what:
+        return action
     def act(*args):
         global written
         if written >= at:
@@ -58,7 +60,7 @@ def killed(action):
         return action(*args)
     return act
 class Killing(files._Telling):
-    write = killed(files._Telling.write)
+    write = killed(files._Telling.write, "write")
 files._Telling = Killing
 for name in ("rename", "replace"):
     setattr(Path, name, killed(getattr(Path, name)))
@@ -73,9 +75,8 @@ print("whole")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_write_or_rename_leaves_the_newest_whole_checkpoint(kind: str, tmp_path: Path) -> None:
-    """torch is imported once: forked children are killed at the first, second, ... write, link or rename."""
-    program = f"import os, sys\n{SAVE.replace('sys.argv[3]', 'os.environ[chr(65)]')}"
-    folder, newest = tmp_path / "run", []
+    """Forked children, since torch takes long to import: at every link, rename and removal, and at some writes."""
+    folder = tmp_path / "run"
     folder.mkdir()
     write(folder / LAST, 2, kind)
     write(folder / PREVIOUS, 1, kind)
@@ -86,29 +87,33 @@ sys.path.insert(0, {str(Path.cwd())!r})
 import torch
 import pretrain.checkpoint_files
 import tests.pretrain.test_checkpoint_files
-base = Path(sys.argv[1])
-for at in range(1000):
-    copy = base.with_name(f"killed{{at}}")
+base, ended = Path(sys.argv[1]), False
+for what, at in [("write", at) for at in range(0, 1000, 7)] + [("name", at) for at in range(1000)]:
+    if what == "write" and ended:
+        continue
+    copy = base.with_name(f"killed{{what}}{{at:04d}}")
     shutil.copytree(base, copy)
     child = os.fork()
     if not child:
-        os.environ["A"], sys.argv = str(at), ["", str(copy), {kind!r}]
+        sys.argv = ["", str(copy), {kind!r}, what, str(at)]
         try:
-            exec({program!r}, {{"__name__": "child"}})
+            exec({SAVE!r}, {{"__name__": "child"}})
         finally:
             os._exit(0)
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    if ended and what == "name":
         break
 """
     done = subprocess.run([sys.executable, "-c", forks, str(folder)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    copies = sorted(tmp_path.glob("killed*"), key=lambda path: int(path.name.removeprefix("killed")))
-    for copy in copies:
-        path, findings = find_checkpoint(copy)
-        assert path is not None and not findings
-        newest.append(read(path))
-    assert len(newest) > 20 and newest == sorted(newest) and set(newest) == {2, 3, 4}
-    assert read(copies[-1] / LAST) == 4 and read(copies[-1] / PREVIOUS) == 3 and not (copies[-1] / PART).exists()
+    for what, most in (("write", 10), ("name", 3)):
+        copies, newest = sorted(tmp_path.glob(f"killed{what}*")), []
+        for copy in copies:
+            path, findings = find_checkpoint(copy)
+            assert path is not None and not findings
+            newest.append(read(path))
+        assert len(newest) > most and newest == sorted(newest) and set(newest) == {2, 3, 4}
+        assert read(copies[-1] / LAST) == 4 and read(copies[-1] / PREVIOUS) == 3 and not (copies[-1] / PART).exists()
 
 
 def cut(path: Path, share: float) -> None:
