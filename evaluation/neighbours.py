@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from datamodules.normalize import normalize
 from evaluation.features import Features
 from evaluation.knn import nearest
 from evaluation.labels import match_labels
 from evaluation.pictures import picture
+from tasks.encoders import Encoder
 
 
 class Neighbour(NamedTuple):
@@ -18,7 +21,7 @@ class Neighbour(NamedTuple):
     row: int
     name: str
     similarity: float
-    right: bool
+    right: bool | None  # None: nothing is known of classes
 
 
 class Query(NamedTuple):
@@ -49,6 +52,21 @@ def neighbours(train: Features, test: Features, rows: Sequence[int], k: int = 5)
             for j, s in zip(index[i], similarity[i], strict=True)
         )
         found.append(Query(row, classes[truth], tuple(near)))
+    return found
+
+
+@torch.no_grad()
+def neighbours_among(encoder: Encoder, images: Tensor, rows: Sequence[int], k: int = 5) -> list[Query]:
+    """The k nearest others (cosine) of the images in those rows, among images [n c h w] in 0..255 without labels."""
+    encoder.eval()
+    config = encoder.config
+    parts = torch.split(images, 64)
+    x = torch.cat([encoder.features(normalize(part, config.mean, config.std)) for part in parts]).numpy()
+    similarity, index = nearest(x, x[list(rows)], min(k + 1, len(x)))
+    found = []
+    for row, near, alike in zip(rows, index, similarity, strict=True):
+        others = [Neighbour(int(j), "", float(s), None) for j, s in zip(near, alike, strict=True) if j != row]
+        found.append(Query(row, "", tuple(others[:k])))
     return found
 
 

@@ -13,6 +13,8 @@ from evaluation.errors import EvaluationError
 from evaluation.report_tables import test_set
 from evaluation.run_files import Run
 
+OWN_IMAGES = 256
+
 
 @dataclass(frozen=True)
 class Section:
@@ -56,10 +58,10 @@ def reconstruction_section(run: Run, count: int, test_data: str | None) -> Secti
 
 
 def neighbour_section(run: Run, count: int, cache_dir: Path | None) -> Section | None:
-    """Nearest neighbours from the features that evaluation left; None before any evaluation."""
+    """Nearest neighbours from the features that evaluation left; without labels, among the run's own train images."""
     protocol = test_set(run)
     if protocol is None or "train" not in protocol:
-        return None
+        return own_neighbour_section(run, count)
     from evaluation.features import cached_features
     from evaluation.neighbours import draw_neighbours, neighbours
     from evaluation.pictures import load_pictures, spread
@@ -79,10 +81,34 @@ def neighbour_section(run: Run, count: int, cache_dir: Path | None) -> Section |
         of_train = [load_pictures(sets[0], [train.key[n.row] for n in q.neighbours], encoder.config) for q in queries]
     except (TaskError, DataError, EvaluationError) as error:
         return Section(run.name, f"No neighbours: {error}.")
-    right = sum(n.right for q in queries for n in q.neighbours)
+    right = sum(bool(n.right) for q in queries for n in q.neighbours)
     total = sum(len(q.neighbours) for q in queries)
     note = f"{len(queries)} test images drawn at random; {right} of their {total} neighbours are of the same class."
     return Section(run.name, note, draw_neighbours(queries, of_test, of_train))
+
+
+def own_neighbour_section(run: Run, count: int) -> Section | None:
+    """Nearest neighbours among some images that the run is trained on, for which nobody need have labels."""
+    path = str(run.get("data.train", ""))
+    if not run.checkpoint.exists() or is_remote(path):  # nothing is fetched for a picture
+        return None
+    from evaluation.neighbours import draw_neighbours, neighbours_among
+    from evaluation.pictures import sample_images, spread
+    from tasks.encoder_files import load_encoder
+    from tasks.errors import TaskError
+
+    try:
+        encoder = load_encoder(run.path)
+        images = sample_images(open_data(path).root, encoder.config, OWN_IMAGES)
+        queries = neighbours_among(encoder, images, spread(len(images), count))
+    except (TaskError, DataError, EvaluationError) as error:
+        return Section(run.name, f"No neighbours: {error}.")
+    note = (
+        f"{len(queries)} images drawn at random and what is nearest to each among {len(images)} that are spread evenly "
+        "over the run's own train images; classes are not looked at (trivit evaluate with labelled sets does)."
+    )
+    near = [images[[n.row for n in query.neighbours]] for query in queries]
+    return Section(run.name, note, draw_neighbours(queries, images[[query.row for query in queries]], list(near)))
 
 
 def retrieval_section(run: Run) -> Section:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from evaluation.errors import EvaluationError
+from evaluation.neighbours import neighbours_among
 from evaluation.probes import ProbeSettings
 from evaluation.report import report, unique_names
 from evaluation.run_files import read_run
 from evaluation.score import evaluate
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
-from tests.evaluation.conftest import make_run
+from tests.evaluation.conftest import CONFIG, make_run, write_images
 
 VOID = {"meta", "img", "br", "path", "use", "link", "input", "hr"}
 
@@ -114,7 +115,7 @@ def test_several_runs_side_by_side(scored_run: Path, world: Path, tmp_path: Path
     assert path == tmp_path / "both.html"
     for words in ("runs/mae", "other/mae", "Where the settings differ", "seed", "nothing has been scored yet"):
         assert words in page.words, words
-    assert page.tags["img"] == 2 * 3 * 3 + 4 * 6 + 2 * (3 * (1 + 2) + 2 + 3 * 5)
+    assert page.tags["img"] == 2 * 3 * 3 + 2 * 4 * 6 + 2 * (3 * (1 + 2) + 2 + 3 * 5)
     assert [run.name for run in unique_names([read_run(scored_run), read_run(other)])] == ["runs/mae", "other/mae"]
 
 
@@ -134,6 +135,18 @@ def test_a_run_of_one_row_is_told_to_have_no_line(world: Path, cache: Path, tmp_
     assert "metrics.csv has one row: curves begin with the second." in report([short]).read_text()
 
 
+def test_a_run_without_labels_has_neighbours_too(cache: Path, tmp_path: Path) -> None:
+    """Among its own train images; an image is not its own neighbour, and nothing is said of classes."""
+    photos = write_images(tmp_path / "photos", 20, labelled=False)
+    page = Page(report([make_run(tmp_path / "run", train=photos)]).read_text())
+    assert "nearest to each among 20 that are spread evenly over the run's own train images" in page.words
+    assert "✗" not in page.words and page.images_without_text == 0
+    encoder = Encoder(CONFIG)
+    images = torch.rand(9, 3, 16, 16) * 255
+    (query,) = neighbours_among(encoder, torch.cat([images, images[4:5] + 0.5]), [4], k=3)
+    assert query.neighbours[0].row == 9 and len(query.neighbours) == 3 and 4 not in [n.row for n in query.neighbours]
+
+
 def test_encoders_of_other_kinds_show_their_patches_and_say_why_not_more(
     world: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -147,7 +160,7 @@ def test_encoders_of_other_kinds_show_their_patches_and_say_why_not_more(
     )
     page = Page(report([tmp_path]).read_text())
     assert "No attention of a class token: timm:test_convnext has no class token." in page.words
-    assert page.tags["img"] == 6 * 5 and "What the patches say" in page.words
+    assert page.tags["img"] == 6 * 5 + 8 * 6 and "What the patches say" in page.words
 
 
 def test_pictures_that_are_gone_leave_a_reason(scored_run: Path, world: Path, cache: Path) -> None:
