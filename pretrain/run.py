@@ -98,7 +98,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         watchdog = Watchdog(config.start_timeout, config.step_timeout)
         trainer, progress = _trainer(config, parts.trainer, directory, stop, (watchdog, *callbacks))
         progress.metrics.peak = peak
-        _lay_out(trainer, data, stop)
+        _lay_out(trainer, task, data, stop)
 
         resolved = plain(config)
         if config.epochs is not None:
@@ -204,7 +204,7 @@ def _match(task: PretrainTask, data: ShardDataModule) -> None:
         )
 
 
-def _lay_out(trainer: Trainer, data: ShardDataModule, stop: StopRequest) -> None:
+def _lay_out(trainer: Trainer, task: PretrainTask, data: ShardDataModule, stop: StopRequest) -> None:
     started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or trainer.world_size)
     if started != trainer.world_size:
         raise RunError(
@@ -213,6 +213,7 @@ def _lay_out(trainer: Trainer, data: ShardDataModule, stop: StopRequest) -> None
         )
     layout = data.layout(trainer.world_size)
     trainer.accumulate_grad_batches = data.batches_per_step(trainer.world_size)
+    task.check_trainer(trainer)
     data.on_failure = stop.fail if trainer.world_size > 1 else None
     if trainer.is_global_zero:
         ranks = f"{trainer.world_size} rank{'s' if trainer.world_size > 1 else ''}"

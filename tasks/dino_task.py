@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -192,18 +193,22 @@ class DINOTask(PretrainTask):
             return SGD(groups, lr=rate, momentum=self.betas[0], fused=fused, foreach=None if fused else True)
         return AdamW(groups, lr=rate, betas=self.betas, fused=fused, foreach=None if fused else True)
 
-    def on_fit_start(self) -> None:
-        """Refuses what this run contradicts."""
-        super().on_fit_start()
-        if self.trainer.accumulate_grad_batches > 1:
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """Raises TaskError for what the trainer would do to DINO; needs neither data nor ranks."""
+        if trainer.accumulate_grad_batches > 1:
             alone = [n for n, on in (("KoLeo", self.model.koleo_weight), ("Sinkhorn-Knopp", not self._centred)) if on]
             if alone:
                 raise TaskError(
-                    f"{' and '.join(alone)} cannot see across {self.trainer.accumulate_grad_batches} accumulated "
+                    f"{' and '.join(alone)} cannot see across {trainer.accumulate_grad_batches} accumulated "
                     "micro-batches: raise data.device_batch_size, use more devices, or go without"
                 )
-        if self.trainer.gradient_clip_val is not None:
+        if trainer.gradient_clip_val is not None:
             raise TaskError("trainer.gradient_clip_val clips all gradients together; DINO has clip_grad: set that")
+
+    def on_fit_start(self) -> None:
+        """Refuses what this run contradicts."""
+        super().on_fit_start()
+        self.check_trainer(self.trainer)
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters()):
             raise TaskError("16-bit weights cannot follow an EMA: set trainer.precision to bf16-mixed or 32-true")
 

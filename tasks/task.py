@@ -147,6 +147,9 @@ class PretrainTask(pl.LightningModule):
                 f"shorten it, for example --model.{name} {tenth}"
             )
 
+    def check_trainer(self, trainer: pl.Trainer) -> None:
+        """Raises TaskError for what a trainer, before it begins, would do that the task cannot bear."""
+
     def on_fit_start(self) -> None:
         """Refuses a schedule that cannot work."""
         self.check_schedule(self.trainer.max_steps, self._data.steps_per_epoch)

@@ -72,3 +72,13 @@ def test_a_timm_model_of_one_image_size(drawn: Path, tmp_path: Path, capsys: pyt
     assert "local views of 32" in said and "--data.recipe.local_views 0 or --data.recipe.local_size 64" in said
     encoder = Encoder(EncoderConfig("timm:efficientformerv2_s0", image_size=64, pool="mean"))
     assert encoder.cannot_see(32) and encoder.cannot_see(64) is None and encoder.training
+
+
+def test_what_the_trainer_may_not_do_is_told_before_all_else(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*DINO, "--data.train", drawn, "--output", tmp_path / "run"]
+    assert pretrain(*command, "--model.targets", "sinkhorn", "--data.device_batch_size", 8) == 2
+    assert pretrain(*command, "--trainer.gradient_clip_val", 1) == 2
+    said = capsys.readouterr().err
+    assert "cannot see across 2 accumulated" in said and "set that" in said and "steps an epoch" not in said
