@@ -14,7 +14,7 @@ def test_both_sides_find_the_same() -> None:
         ("linear probe", "torch's L-BFGS"),
     ]
     for row in rows:
-        ours, theirs = map(float, re.findall(r"top-1 ([\d.]+) and ([\d.]+)", row.setting)[0])
+        ours, theirs = map(float, re.findall(r"top-1 ([\d.]+) and ([\d.]+)", row.note)[0])
         assert ours == pytest.approx(theirs, abs=1.01) and ours > 8
         assert row.ours > 0 and row.baseline > 0
 
