@@ -139,13 +139,13 @@ def _dino(run: Run) -> Health:
     """What targets and features say, most certain first.
 
     one point: targets use fewer than 3 prototypes and not more and more (from step 40 on); or features all point the
-        same way; or a target says nothing about its image (its mutual information with it is below 0.003 nats)
-        though it is far from uniform.
-    uniform: the teacher's entropy is within 0.3% of ln(K); the student may still be on its way there.
+        same way; or a target says nothing about its image (its mutual information with it is below 0.003 nats).
+    uniform: the teacher's entropy is within 0.3% of ln(K), or 1.5% if a target says nothing about its image; the
+        student may still be on its way there.
         All of this but the features is asked of the targets of hidden patches too, where there are any (iBOT).
     diverging: the loss is more than 1 nat above ln(K), that of a student that knows nothing. (It can reach ln(K) + 20
         or so. Small runs that learn have been seen up to 0.4 nats above: students too sure of local views.)
-    plateau: the loss is within 1.5% of ln(K), and what is left to learn is less than 2% of ln(K).
+    plateau: the loss is within 1.5% of ln(K), and what is left to learn is less than 2% of ln(K); not yet uniform.
     not learning: the student is no better than one that says the same about every image (the divergence is above the
         mutual information of targets and images), and since the run has settled the divergence has not once been 15%
         below its first row, and the features spread as at first, within a fifth. (Moving the centre alone has brought
@@ -165,13 +165,13 @@ def _dino(run: Run) -> Health:
     images = min(int(run.get("data.device_batch_size", 64)), int(run.get("data.global_batch_size", 64)))
     if done and spread < 0.05:
         return _ill("one point", f"The features of all images point the same way (standard deviation {spread:.3f}).")
+    if done and entropy <= 0.997 * most and entropy + kl > 0.985 * most and kl < 0.02 * most:
+        return _ill("plateau", f"The loss, {entropy + kl:.3f}, stays at ln({k:,}) = {most:.3f}.")
     collapsed = _collapsed(run, done, images)
     if collapsed is None and "train/ibot_teacher_entropy" in run.metrics:
         collapsed = _collapsed(run, done, images, patches=True)
     if collapsed is not None:
         return collapsed
-    if done and entropy + kl > 0.985 * most and kl < 0.02 * most:
-        return _ill("plateau", f"The loss, {entropy + kl:.3f}, stays at ln({k:,}) = {most:.3f}.")
     first, since = float(divergence[0]), run.metrics["step"] >= early
     as_before = abs(spread / float(run.metrics["train/feature_std"][0]) - 1) < 0.2
     if done and as_before and kl > max(told, 0.85 * first) and _lowest(divergence[since]) > 0.85 * first:
@@ -201,8 +201,9 @@ def _collapsed(run: Run, done: bool, images: int, *, patches: bool = False) -> H
     if run.step >= 40 and used < 3 and course[-1] < 1.2 * course[0] and images >= 8:
         whose = " by hidden patches" if patches else ""
         return _ill("one point", f"Only {used:.1f} of {k:,} prototypes are in use{whose}.")
-    if done and math.log(max(used, 1e-9)) - entropy < 0.003 and entropy < 0.9 * most:
-        return _ill("one point", f"The teacher says the same about every {what}.")
+    if done and math.log(max(used, 1e-9)) - entropy < 0.003 and entropy <= 0.997 * most:
+        state: State = "one point" if entropy < 0.985 * most else "uniform"
+        return _ill(state, f"The teacher says the same about every {what}.")
     if done and entropy > 0.997 * most:
         text = f"The teacher finds all {k:,} prototypes alike for every {what}: its entropy is {entropy:.3f}, ln(K) is"
         return _ill("uniform", f"{text} {most:.3f}.")
