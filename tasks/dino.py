@@ -166,7 +166,7 @@ class DINO(nn.Module):
         self.train()
 
     def init_weights(self) -> None:
-        """Fills every parameter anew, the encoder's too, as the authors do; also after `to_empty`."""
+        """Fills every parameter anew as the authors do, also after `to_empty`; timm's encoders stay as built."""
         init_encoder(self.student.encoder)
         for head in (self.student.head, self.student.patch_head):
             if head is not None:
