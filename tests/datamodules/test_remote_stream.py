@@ -45,7 +45,7 @@ def bytes_in_cache() -> int:
     total = 0
     for path in remote_cache().glob("*/*.tar*"):
         with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
+            total += path.stat().st_size if path.suffix != ".lock" else 0  # it says how much room is taken
     return total
 
 

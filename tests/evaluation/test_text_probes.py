@@ -244,7 +244,7 @@ def test_with_other_probes(checkpoint: Path, shards: Path) -> None:
 
 
 def test_bad_input(checkpoint: Path, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="knn learn from images: give --train"):
+    with pytest.raises(EvaluationError, match="knn learns from labelled images: give --train"):
         evaluate(checkpoint, test=shards, probes=("knn", "zeroshot"), progress=False)
     from tasks.encoder_files import save_encoder
 
