@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.memory import resident_mib
 from benchmarks.table import Row, compared
-from datamodules.shard_datamodule import Layout
 from pretrain.checks import fill_in
 from pretrain.config import instantiate, parse
+from pretrain.cost import trainer_stand_in
 from tasks.task import PretrainTask
 
 Step = Callable[[], float]  # takes one training step and gives its loss
-STEPS_PER_EPOCH = 1000
 
 
 def task_of(config: str, *options: str) -> Any:
@@ -47,14 +45,7 @@ class TaskStep:
         self, task: PretrainTask, batch_size: int, next_batch: Callable[[], dict[str, Any]],
         device: str = "cpu", autocast: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        layout = Layout(batch_size, batch_size, 1)
-        data = SimpleNamespace(
-            global_batch_size=batch_size, steps_per_epoch=STEPS_PER_EPOCH, seed=0, layout=lambda world_size: layout
-        )
-        self.place = SimpleNamespace(
-            global_step=0, max_steps=10 * STEPS_PER_EPOCH, world_size=1, global_rank=0, accumulate_grad_batches=1,
-            datamodule=data, precision_plugin=None,
-        )  # fmt: skip
+        self.place = trainer_stand_in(batch_size)
         task.trainer = self.place  # type: ignore[assignment]
         task.setup("fit")
         self.task, self.next_batch = task.train().to(device), next_batch

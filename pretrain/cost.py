@@ -89,8 +89,8 @@ def step_cost(cli: PretrainCLI, config: Namespace, images: int) -> StepCost:
         parts = instantiate(cli, config)
     task: PretrainTask = parts.model.to(WEIGHTS.get(precision))
     data: ShardDataModule = parts.data
-    task.trainer = _place(data, images)  # type: ignore[assignment]
-    batch = task.on_before_batch_transfer(_batch(task, data.recipe, data.channels, images), 0)
+    task.trainer = trainer_stand_in(images)  # type: ignore[assignment]
+    batch = task.on_before_batch_transfer(blank_batch(task, data.recipe, data.channels, images), 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         task.to_empty(device="cpu").train()
         dtype = next(p.dtype for p in task.parameters())
@@ -101,8 +101,8 @@ def step_cost(cli: PretrainCLI, config: Namespace, images: int) -> StepCost:
         for tensor in (*task.parameters(), *task.buffers(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))):
             live.add(tensor)
         with live:
-            forward = _step(task, batch, optimizer, AUTOCAST.get(precision), counter)
-            _step(task, batch, optimizer, AUTOCAST.get(precision), None)  # gradients and moments of the first are there
+            forward = take_step(task, batch, optimizer, AUTOCAST.get(precision), counter)
+            take_step(task, batch, optimizer, AUTOCAST.get(precision), None)  # with gradients and moments
         trained = [p for p in task.parameters() if p.requires_grad]
         weights = sum(_bytes(t) for t in (*task.parameters(), *task.buffers()))
         gradients, moments = sum(_bytes(p) for p in trained), sum(map(_bytes, _moments(optimizer)))
@@ -121,7 +121,7 @@ def peak_rate(cli: PretrainCLI, config: Namespace) -> float | None:
     return gpu.tflops * 1e12 * cost.images / cost.flops
 
 
-def _step(
+def take_step(
     task: PretrainTask, batch: dict[str, Any], optimizer: Optimizer, dtype: torch.dtype | None,
     counter: FlopCounterMode | None,
 ) -> int:  # fmt: skip
@@ -137,19 +137,17 @@ def _step(
     return forward
 
 
-def _place(data: ShardDataModule, images: int) -> SimpleNamespace:
-    """What a task asks of its Trainer, in the middle of a run."""
+def trainer_stand_in(images: int) -> SimpleNamespace:
+    """What a task asks of its Trainer: alone, with whole batches, at the start of 10 epochs of 1,000 steps."""
     layout = Layout(images, images, 1)
-    stream = SimpleNamespace(
-        global_batch_size=images, steps_per_epoch=1000, seed=data.seed, layout=lambda world_size: layout
-    )
+    data = SimpleNamespace(global_batch_size=images, steps_per_epoch=1000, seed=0, layout=lambda world_size: layout)
     return SimpleNamespace(
-        global_step=500_000, max_steps=1_000_000, world_size=1, global_rank=0, accumulate_grad_batches=1,
-        datamodule=stream, precision_plugin=None,
+        global_step=0, max_steps=10_000, world_size=1, global_rank=0, accumulate_grad_batches=1,
+        datamodule=data, precision_plugin=None,
     )  # fmt: skip
 
 
-def _batch(task: PretrainTask, recipe: Recipe, channels: int, images: int) -> dict[str, Any]:
+def blank_batch(task: PretrainTask, recipe: Recipe, channels: int, images: int) -> dict[str, Any]:
     """A normalised batch of black images and the longest texts, on the host."""
     one = recipe(iter([torch.zeros(channels, 1, 1, dtype=torch.uint8)]), np.zeros(1, np.int64))
     batch: dict[str, Any] = {"rng": torch.arange(images)}

@@ -37,8 +37,8 @@ def parsed(*options: str) -> tuple[PretrainCLI, Namespace]:
 def real_step(cli: PretrainCLI, config: Namespace) -> tuple[Any, Any, Any]:
     parts = instantiate(cli, config)
     task: Any = parts.model
-    task.trainer = cost._place(parts.data, IMAGES)
-    batch = task.on_before_batch_transfer(cost._batch(task, parts.data.recipe, 3, IMAGES), 0)
+    task.trainer = cost.trainer_stand_in(IMAGES)
+    batch = task.on_before_batch_transfer(cost.blank_batch(task, parts.data.recipe, 3, IMAGES), 0)
     batch = {k: torch.randn(v.shape) if k in parts.data.recipe.views else v for k, v in batch.items()}
     return task, batch, task.configure_optimizers()
 
@@ -49,7 +49,7 @@ def test_flops_are_those_that_torch_counts_in_a_real_step(name: str) -> None:
     told = step_cost(cli, config, IMAGES)
     task, batch, optimizer = real_step(cli, config)
     with FlopCounterMode(display=False) as counter:
-        cost._step(task, batch, optimizer, None, None)
+        cost.take_step(task, batch, optimizer, None, None)
     assert told.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert 0.3 * told.flops < told.forward < 0.6 * told.flops
     assert told.trained == sum(p.numel() for p in task.parameters() if p.requires_grad)
@@ -61,8 +61,8 @@ def test_memory_is_what_torch_allocates_in_a_real_step(name: str, tmp_path: Path
     told = step_cost(cli, config, IMAGES)
     task, batch, optimizer = real_step(cli, config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        cost._step(task, batch, optimizer, None, None)  # makes the gradients and moments that the next one finds
-        cost._step(task, batch, optimizer, None, None)
+        cost.take_step(task, batch, optimizer, None, None)  # makes the gradients and moments that the next one finds
+        cost.take_step(task, batch, optimizer, None, None)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     memory = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
