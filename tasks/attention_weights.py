@@ -4,12 +4,13 @@ Axes: b = images, c = channels of an image, h w = its pixels, t = tokens (prefix
 that are asked for, a = attention heads, e = channels of a head, l = blocks.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import Attention
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from tasks.encoders import Encoder
@@ -18,29 +19,42 @@ from tasks.positions import rotate
 from tasks.vit import Rope, ViTBlock
 
 
-@torch.no_grad()
 def attention_weights(encoder: Encoder, images: Tensor, queries: int | None = None) -> list[Tensor]:
     """Softmax of q k / sqrt(e) in every block (Vaswani et al. 2017, arXiv:1706.03762, eq. 1): l times [b a q t].
 
+    Arguments and errors are those of `visit_attention`.
+    """
+    found: list[Tensor] = []
+    visit_attention(encoder, images, found.append, queries)
+    return found
+
+
+@torch.no_grad()
+def visit_attention(
+    encoder: Encoder, images: Tensor, visit: Callable[[Tensor], object], queries: int | None = None
+) -> None:
+    """The same weights [b a q t], handed to `visit` block after block, so that only one block's are in memory.
+
     Args:
-        encoder: in evaluation mode; a plain Vision Transformer, ours or timm's.
+        encoder: in evaluation mode; a Vision Transformer of plain blocks, ours or timm's (with a class token,
+            registers, a distillation token or none of them).
         images: normalised, [b c h w].
+        visit: what is done with the weights of each block, the first one first.
         queries: only for the first so many tokens, since all of them take t * t numbers a head; None: for all.
 
     Raises:
         TaskError: another kind of encoder, whose attention is not between all tokens, or is none.
     """
     blocks: list[Any] = encoder.blocks
-    if not encoder.maskable or any(type(b) not in (ViTBlock, Block) or type(b.attn) is not Attention for b in blocks):
+    plain = isinstance(encoder.trunk, VisionTransformer)
+    if not plain or any(type(b) not in (ViTBlock, Block) or type(b.attn) is not Attention for b in blocks):
         raise TaskError(f"{encoder.config.arch} is no plain Vision Transformer, whose tokens all attend to each other")
-    found: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(partial(_remember, found, queries)) for block in blocks]
+    hooks = [block.register_forward_pre_hook(partial(_show, visit, queries)) for block in blocks]
     try:
         encoder(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
 
 
 def block_attention(block: Any, x: Tensor, rope: Rope | None = None, queries: int | None = None) -> Tensor:
@@ -53,6 +67,6 @@ def block_attention(block: Any, x: Tensor, rope: Rope | None = None, queries: in
     return (q[:, :, :queries] @ k.transpose(-2, -1) * attn.scale).softmax(-1)  # type: ignore[no-any-return]
 
 
-def _remember(found: list[Tensor], queries: int | None, block: Any, inputs: tuple[Any, ...]) -> None:
+def _show(visit: Callable[[Tensor], object], queries: int | None, block: Any, inputs: tuple[Any, ...]) -> None:
     x, rope = (*inputs, None)[:2]
-    found.append(block_attention(block, x, rope, queries))
+    visit(block_attention(block, x, rope, queries))

@@ -111,14 +111,13 @@ class CLIPTask(PretrainTask):
 
     # ---- Lightning's hooks, in the order of a run
 
-    def configure_optimizers(self) -> Optimizer:
-        """AdamW, one kernel per group where the device has it."""
-        groups = clip_groups([p for p in self.model.parameters() if p.requires_grad], self.weight_decay)
-        devices = {parameter.device.type for group in groups for parameter in group["params"]}
-        fused = devices <= {"cpu", "cuda"} and len(devices) == 1
-        rate = self.lr if self.lr is not None else self.base_lr
-        assert rate is not None
-        return AdamW(groups, lr=rate, betas=self.betas, eps=self.eps, fused=fused, foreach=None if fused else True)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups as open_clip makes them."""
+        return clip_groups([p for p in self.model.parameters() if p.requires_grad], self.weight_decay)
+
+    def build_optimizer(self, groups: list[dict[str, Any]], **how: Any) -> Optimizer:
+        """AdamW with an epsilon of its own."""
+        return AdamW(groups, betas=self.betas, eps=self.eps, **how)
 
     def on_fit_start(self) -> None:
         """Refuses what this run contradicts."""

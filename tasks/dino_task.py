@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 from tasks.block_masks import Hidden, hide_blocks
 from tasks.dino import DINO, IBOTConfig, Targets
@@ -177,21 +177,16 @@ class DINOTask(PretrainTask):
 
     # ---- Lightning's hooks, in the order of a run
 
-    def configure_optimizers(self) -> Optimizer:
-        """AdamW or SGD, one kernel per group where the device has it."""
-        depth = len(self.model.student.encoder.blocks)
-        groups = dino_groups(
-            self.model.student.named_parameters(), depth, self.weight_decay, self.layer_decay, self.patch_embed_lr_scale
-        )
-        devices = {parameter.device.type for group in groups for parameter in group["params"]}
-        # A fused optimiser takes the gradient scaler's factor off itself, after clipping, which must see it off.
-        scaled = self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        fused = devices <= {"cpu", "cuda"} and len(devices) == 1 and not scaled
-        rate = self.lr if self.lr is not None else self.base_lr
-        assert rate is not None
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of the student, slower ones below if so set."""
+        named, depth = self.model.student.named_parameters(), len(self.model.student.encoder.blocks)
+        return dino_groups(named, depth, self.weight_decay, self.layer_decay, self.patch_embed_lr_scale)
+
+    def build_optimizer(self, groups: list[dict[str, Any]], **how: Any) -> Optimizer:
+        """AdamW or SGD."""
         if self.optimizer == "sgd":
-            return SGD(groups, lr=rate, momentum=self.betas[0], fused=fused, foreach=None if fused else True)
-        return AdamW(groups, lr=rate, betas=self.betas, fused=fused, foreach=None if fused else True)
+            return SGD(groups, momentum=self.betas[0], **how)
+        return super().build_optimizer(groups, **how)
 
     def check_trainer(self, trainer: pl.Trainer) -> None:
         """Raises TaskError for what the trainer would do to DINO; needs neither data nor ranks."""

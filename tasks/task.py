@@ -126,14 +126,23 @@ class PretrainTask(pl.LightningModule):
             shard(self.model, self.blocks, self.heads, self.device_mesh["data_parallel"], low)
             materialize(self.model, whole, strategy.root_device)
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of what is trained, with their weight decay."""
+        return weight_decay_groups(self.named_parameters(), self.weight_decay)
+
+    def build_optimizer(self, groups: list[dict[str, Any]], **how: Any) -> Optimizer:
+        """AdamW; `how`: the rate to begin with, and which kernels."""
+        return AdamW(groups, betas=self.betas, **how)
+
     def configure_optimizers(self) -> Optimizer:
-        """AdamW, one kernel per group where the device has it."""
-        groups = weight_decay_groups(self.named_parameters(), self.weight_decay)
+        """The optimiser, one kernel per group where the device has it."""
+        groups = self.parameter_groups()
         devices = {parameter.device.type for group in groups for parameter in group["params"]}
-        fused = devices <= {"cpu", "cuda"} and len(devices) == 1
+        # A fused optimiser takes the gradient scaler's factor off itself, after clipping, which must see it off.
+        scaled = self._trainer is not None and getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        fused = devices <= {"cpu", "cuda"} and len(devices) == 1 and not scaled
         rate = self.lr if self.lr is not None else self.base_lr
-        assert rate is not None
-        return AdamW(groups, lr=rate, betas=self.betas, fused=fused, foreach=None if fused else True)
+        return self.build_optimizer(groups, lr=rate, fused=fused, foreach=None if fused else True)
 
     def check_schedule(self, total: int, steps_per_epoch: int) -> None:
         """Raises TaskError for a warm-up that is not shorter than the run of `total` optimiser steps."""
