@@ -57,7 +57,8 @@ class Job:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks", 1), ("cpus_per_task", 1), ("grace", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise SlurmError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+                option = "tasks-per-node" if name == "tasks" else name.replace("_", "-")
+                raise SlurmError(f"--{option} {value} must be at least {least}")
         if self.gpus_per_node and self.tasks not in (None, self.gpus_per_node):
             raise SlurmError(
                 f"each process trains on one GPU: leave --tasks-per-node out, or make it {self.gpus_per_node}"

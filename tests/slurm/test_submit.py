@@ -67,6 +67,7 @@ def test_strategy_and_accelerator_may_be_chosen(tmp_path, capsys):
         (["--output", "run", "--trainer.num_nodes=2"], "--trainer.num_nodes follows from --nodes"),
         (["--output", "run", "--env", "HOME"], "write NAME=VALUE"),
         (["--output", "run", "--probes", "knn"], "need --evaluate-test"),
+        (["--output", "run", "--tasks-per-node", 0], "--tasks-per-node 0 must be at least 1"),
         (["--output", "run", "--time", "soon"], "no time limit of SLURM"),
         (["--output", "run", "--nodes", "two"], "invalid int value: 'two'"),
     ],
