@@ -10,6 +10,7 @@ from torch import Tensor
 
 from datamodules.normalize import normalize
 from evaluation.errors import EvaluationError
+from evaluation.patch_pca import patch_grid
 from evaluation.pictures import picture
 from tasks.attention_weights import attention_weights
 from tasks.encoders import Encoder
@@ -63,8 +64,9 @@ def class_attention(encoder: Encoder, images: Tensor) -> ClassAttention:
     weights = torch.stack([layer[:, :, 0] for layer in attention_weights(encoder.eval(), x, queries=1)])
     if not torch.isfinite(weights).all():
         raise EvaluationError("attention weights are not finite, the encoder has diverged")
-    grid = [side // config.patch_size for side in images.shape[-2:]]
-    return ClassAttention(images, weights[..., encoder.num_prefix :].reshape(*weights.shape[:3], *grid))
+    weights = weights[..., encoder.num_prefix :]
+    grid = patch_grid(encoder, images, weights.shape[-1])
+    return ClassAttention(images, weights.reshape(*weights.shape[:3], *grid))
 
 
 def draw_class_attention(found: ClassAttention) -> list[AttentionPicture]:

@@ -54,7 +54,9 @@ def patch_components(encoder: Encoder, images: Tensor) -> PatchComponents:
     """
     config = encoder.config
     patches = encoder.eval()(normalize(images, config.mean, config.std)).patches.double()
-    rows, columns = _grid(encoder, images, patches.shape[1])
+    rows, columns = patch_grid(encoder, images, patches.shape[1])
+    if len(patches[0]) < 4 or encoder.width < COMPONENTS:
+        raise EvaluationError(no_map(encoder, images))
     if not torch.isfinite(patches).all():
         raise EvaluationError("patch tokens are not finite, the encoder has diverged")
     x = patches.flatten(0, 1)
@@ -78,14 +80,19 @@ def draw_patch_components(found: PatchComponents) -> list[PatchPicture]:
     ]
 
 
-def _grid(encoder: Encoder, images: Tensor, count: int) -> tuple[int, int]:
-    """Rows and columns of `count` patch tokens of images [b c h w]."""
+def patch_grid(encoder: Encoder, images: Tensor, count: int) -> tuple[int, int]:
+    """Rows and columns of `count` patch tokens of images [b c h w]; EvaluationError where they lie in no grid."""
     rows, columns = (side // encoder.config.patch_size for side in images.shape[-2:])
     if rows * columns != count:  # some families round up, or have lost a stage
         rows = columns = math.isqrt(count)
-    if count < 4 or rows * columns != count or encoder.width < COMPONENTS:
-        raise EvaluationError(f"{encoder.config.arch} gives no map of patches for images of {images.shape[-1]} pixels")
+    if rows * columns != count:
+        raise EvaluationError(no_map(encoder, images))
     return rows, columns
+
+
+def no_map(encoder: Encoder, images: Tensor) -> str:
+    """Why there is no picture of patches."""
+    return f"{encoder.config.arch} gives no map of patches for images of {images.shape[-1]} pixels"
 
 
 def _centrality(rows: int, columns: int, like: Tensor) -> Tensor:

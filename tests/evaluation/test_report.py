@@ -92,7 +92,8 @@ def test_everything_is_on_one_page_that_loads_nothing(scored_run: Path) -> None:
     assert "http://" not in text
     assert "https://" not in text
     assert page.tags["script"] == page.tags["link"] == page.tags["b"] - text.count("<b>") == 0
-    inside = 6 * (1 + 2) + 2 + 6 * 5  # photographs and two heads, those of the only layer again; five of components
+    # photographs and two heads, those of the only layer again; photographs and rollout; five of components
+    inside = 6 * (1 + 2) + 2 + 6 * 2 + 6 * 5
     assert page.tags["img"] == 9 * 3 + 8 * 6 + inside
     assert page.images_without_text == 0
     assert page.tags["svg"] >= 6  # the verdict's sign and the curves
@@ -101,6 +102,8 @@ def test_everything_is_on_one_page_that_loads_nothing(scored_run: Path) -> None:
         "Images per second",
         "75% of the patches are hidden", "mean and standard deviation", "neighbours are of the same class", "✓",
         "in the last layer (of 1)", "head 2", "by-product", "first three principal components",
+        "Short in the first layers and long in the last", "of 2 heads, 0 look at fewer than 2 tokens and 2 at",
+        "the mean of the patches comes, followed back through all layers", "Attention distance, pixels",
         "cut off", "<b>k", "temperature", "0.07", "strength", "global_batch_size", "<cat>",
     ):  # fmt: skip
         assert words in page.words, words
@@ -108,14 +111,18 @@ def test_everything_is_on_one_page_that_loads_nothing(scored_run: Path) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_several_runs_side_by_side(scored_run: Path, world: Path, tmp_path: Path) -> None:
+def test_several_runs_side_by_side(
+    scored_run: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.report_inside.LEVEL", 99)
     other = make_run(tmp_path / "other" / "mae", train=world / "train", rows=30, seed=1, norm_pix_loss=False)
     path = report([scored_run, other, scored_run], output=tmp_path / "both.html")
     page = Page(path.read_text())
     assert path == tmp_path / "both.html"
-    for words in ("runs/mae", "other/mae", "Where the settings differ", "seed", "nothing has been scored yet"):
+    for words in ("runs/mae", "other/mae", "Where the settings differ", "seed", "nothing has been scored yet",
+                  "times an even share: nothing stands out"):  # fmt: skip
         assert words in page.words, words
-    assert page.tags["img"] == 2 * 3 * 3 + 2 * 4 * 6 + 2 * (3 * (1 + 2) + 2 + 3 * 5)
+    assert page.tags["img"] == 2 * 3 * 3 + 2 * 4 * 6 + 2 * (3 * (1 + 2) + 2 + 3 * 2 + 3 * 5)
     assert [run.name for run in unique_names([read_run(scored_run), read_run(other)])] == ["runs/mae", "other/mae"]
 
 
@@ -161,6 +168,7 @@ def test_encoders_of_other_kinds_show_their_patches_and_say_why_not_more(
     page = Page(report([tmp_path]).read_text())
     assert "No attention of a class token: timm:test_convnext has no class token." in page.words
     assert page.tags["img"] == 6 * 5 + 8 * 6 and "What the patches say" in page.words
+    assert "How far and how widely" not in page.words and "Where the features come from" not in page.words
 
 
 def test_pictures_that_are_gone_leave_a_reason(scored_run: Path, world: Path, cache: Path) -> None:
