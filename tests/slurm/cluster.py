@@ -1,10 +1,12 @@
 """A throw-away SLURM of two nodes on this machine, for tests and for trying things out; needs root.
 
-    apt-get install -y slurm-wlm munge
+    apt-get install -y slurm-wlm munge iproute2
     python -m tests.slurm.cluster start DIR      # prints: export SLURM_CONF=DIR/slurm.conf
     python -m tests.slurm.cluster stop DIR
 
-Partition `main` is preempted by partition `urgent`, with some seconds of grace.
+Each node is in a network namespace of its own, with a name and an address of its own (`tests.slurm.network`): ranks of
+two nodes talk as they would between two machines. Partition `main` is preempted by partition `urgent`, with some seconds
+of grace.
 """
 
 import os
@@ -17,12 +19,16 @@ import sys
 import time
 from pathlib import Path
 
+from tests.slurm import network
+from tests.slurm.network import Network
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 NODES = ("n1", "n2")
+NETWORK = "network"
 
 CONFIG = """
 ClusterName=trivit
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={controller}
 SlurmUser=root
 SlurmdUser=root
@@ -59,7 +65,8 @@ PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 def missing() -> list[str]:
     """What keeps a cluster from starting here."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin"
-    return [name for name in PROGRAMS if shutil.which(name, path=path) is None] + (["root"] if os.geteuid() else [])
+    lacking = [name for name in PROGRAMS if shutil.which(name, path=path) is None] + (["root"] if os.geteuid() else [])
+    return lacking or network.missing()
 
 
 def start(folder: Path) -> Path:
@@ -72,17 +79,26 @@ def start(folder: Path) -> Path:
     munge = ["--key-file", key, "--socket", folder / "munge.socket", "--pid-file", folder / "munged.pid"]
     munge += ["--log-file", folder / "munged.log", "--seed-file", folder / "munged.seed", "--force"]
     _run("munged", *munge)
+    net = Network.drawn()
+    (folder / NETWORK).write_text(f"{net.tag} {net.subnet}")
+    net.start(len(NODES))
+    addresses = [net.address(i) for i, _ in enumerate(NODES, start=1)]
+    hosts = folder / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n" + "".join(map("{} {}\n".format, addresses, NODES)))
     host, ports = socket.gethostname().split(".")[0], _free_ports(len(NODES) + 1)
     nodes = [
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000 State=UNKNOWN"
-        for name, port in zip(NODES, ports[1:], strict=True)
+        f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={port} CPUs=2 RealMemory=4000 State=UNKNOWN"
+        for name, address, port in zip(NODES, addresses, ports[1:], strict=True)
     ]
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(folder=folder, host=host, controller=ports[0], nodes="\n".join(nodes)))
+    config.write_text(
+        CONFIG.format(folder=folder, host=host, address=net.host, controller=ports[0], nodes="\n".join(nodes))
+    )
     _run("slurmctld", "-i", "-f", config)
-    for name in NODES:
+    for i, name in enumerate(NODES, start=1):
         (folder / name).mkdir()
-        _run("slurmd", "-f", config, "-N", name)
+        program, *command = net.inside(i, hosts, [_found("slurmd"), "-f", config, "-N", name])
+        _run(program, *command)
     until = time.monotonic() + 60
     while time.monotonic() < until:
         idle = subprocess.run(
@@ -107,6 +123,13 @@ def stop(folder: Path) -> None:
         time.sleep(0.2)
     for name in names:
         _signal(folder / f"{name}.pid", signal.SIGKILL)
+    if (folder / NETWORK).exists():
+        network_of(folder).stop(len(NODES))
+
+
+def network_of(folder: Path) -> Network:
+    """Between the nodes of the cluster in this folder."""
+    return Network(*(folder / NETWORK).read_text().split())
 
 
 def _signal(pid_file: Path, signum: int) -> bool:
@@ -118,8 +141,13 @@ def _signal(pid_file: Path, signum: int) -> bool:
 
 
 def _run(program: str, *arguments: object) -> None:
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") or program
-    subprocess.run([found, *map(str, arguments)], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [_found(program), *map(str, arguments)], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+
+
+def _found(program: str) -> str:
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin") or program
 
 
 def _free_ports(count: int) -> list[int]:
@@ -136,7 +164,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in ("start", "stop"):
         sys.exit(__doc__)
     if lacking := missing():
-        sys.exit(f"a SLURM cluster needs {', '.join(lacking)} (apt-get install slurm-wlm munge, as root)")
+        sys.exit(f"a SLURM cluster needs {', '.join(lacking)} (apt-get install slurm-wlm munge iproute2, as root)")
     if sys.argv[1] == "start":
         print(f"export SLURM_CONF={start(Path(sys.argv[2]).resolve())}")
     else:

@@ -1,4 +1,4 @@
-"""Jobs on a real SLURM of two nodes."""
+"""Jobs on a real SLURM of two nodes, each with a network of its own."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from datamodules.synth import synth
 from tests.pretrain.processes import OBJECTIVES, end, losses, samples, start
@@ -33,7 +34,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         pytest.skip(f"no SLURM here: {', '.join(lacking)}")
     folder = tmp_path_factory.mktemp("slurm")
     config = cluster.start(folder)
-    yield {**os.environ, "SLURM_CONF": str(config), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    yield {**os.environ, "SLURM_CONF": str(config), "OMP_NUM_THREADS": "1"}
     cluster.stop(folder)
 
 
@@ -79,6 +80,8 @@ def reach(slurm: dict[str, str], job: str, run: Path, step: int, seconds: float 
 def test_preempted_requeued_resumed_evaluated(slurm: dict[str, str], images: Path, tmp_path: Path) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     several = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
+    network = cluster.network_of(Path(slurm["SLURM_CONF"]).parent)
+    before = network.received(2)
     job, evaluation = submit(
         slurm, images, run, "--evaluate-train", images, "--evaluate-test", images, "--probes", "knn"
     )  # fmt: skip
@@ -97,6 +100,9 @@ def test_preempted_requeued_resumed_evaluated(slurm: dict[str, str], images: Pat
     assert f"resuming {run} at step {saved[1]} of {STEPS}" in log
     assert samples(run) == samples(undisturbed) and list(samples(run)) == list(range(1, STEPS + 1))
     assert losses(run) == losses(undisturbed)
+    assert f"ranks meet at {network.address(1)}:" in log
+    weights = sum(t.nbytes for t in torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"].values())
+    assert network.received(2) - before > STEPS * weights / 4, "gradients come to the second node from the first one"
     wait(slurm, evaluation, "COMPLETED")
     assert json.loads((run / "results.json").read_text())["knn"]["top1"] > 0
     assert (run / "report.html").exists()
