@@ -34,7 +34,7 @@ class Checkpoints(Callback):
         return self.directory / LAST
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing new to save before the first step; Lightning has replaced some signal handlers by now."""
+        """Nothing new to save before the first step; from here on signals wait for the end of a step."""
         self._saved_step = trainer.global_step
         self.stop.listen()
 

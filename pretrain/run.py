@@ -47,7 +47,7 @@ from pretrain.run_directory import RunDirectory, flatten, launched_rank
 from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
 from pretrain.vocabulary import vocabulary_of_the_run
-from pretrain.watchdog import Watchdog
+from pretrain.watchdog import Watchdog, launcher_of
 from tasks.task import PretrainTask
 
 
@@ -126,10 +126,8 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             print(f"{'; '.join(damaged)}: going on from {checkpoint}", file=sys.stderr)
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
-        # Until training starts a signal ends us at once, nothing is lost by it; but SLURM must be asked to requeue.
-        stop.listen((signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else ())
         try:
-            watchdog.watch(launched_rank(), trainer.world_size)
+            watchdog.watch(launched_rank(), trainer.world_size, launcher_of(trainer))
             meet(trainer.strategy.root_device, getattr(trainer.strategy, "process_group_backend", None))
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
@@ -189,6 +187,9 @@ def _trainer(
         trainer = Trainer(**{**dict(settings), **own})
     except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"the trainer settings cannot work here: {error}") from error
+    # Until training starts a signal ends the process at once, wherever it waits: nothing is lost by it, and the batch
+    # script of a job sees it. Lightning's own handler would call a collective, for which the others may not be there.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     if str(settings.precision).startswith("16") and trainer.precision == "bf16-mixed" and launched_rank() == 0:
         print("trainer.precision 16-mixed needs a GPU: on this CPU the run takes bf16-mixed", file=sys.stderr)
     return trainer, progress

@@ -9,7 +9,6 @@ and makes all of them stop at the same place.
 import platform
 import signal
 import threading
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -31,13 +30,12 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
 
-    def listen(self, signals: Iterable[signal.Signals] = SIGNALS) -> None:
-        """Install the handlers for `signals` (again: Lightning replaces some when training starts)."""
+    def listen(self) -> None:
+        """Install the handlers; before that a signal does what it does to any program."""
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may; whoever calls us from another one stops the run by other means
         for signum in SIGNALS:
             self._before.setdefault(signum, signal.getsignal(signum))
-        for signum in signals:
             signal.signal(signum, self._remember)
 
     def silence(self) -> None:

@@ -1,4 +1,4 @@
-"""Ends a rank that waits for others in vain: ranks that never meet, or a step that never ends.
+"""Ends a rank that waits for others in vain: ranks that never meet, a step that never ends, a first rank that is gone.
 
 A process that waits inside a collective cannot see this itself, so a thread of its own looks at the clock. Every rank
 has one, and all that wait say where they are.
@@ -12,6 +12,7 @@ import threading
 import time
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -27,12 +28,14 @@ class Watchdog(Callback):
         self.start, self.step = start, step
         self._rank = "this rank"
         self._begun = False
+        self._launcher: int | None = None
         self._beat = time.monotonic()
         self._over = threading.Event()
 
-    def watch(self, rank: int, world_size: int) -> None:
-        """Begin; a run of one rank waits for nobody."""
+    def watch(self, rank: int, world_size: int, launcher: int | None = None) -> None:
+        """Begin; a run of one rank waits for nobody. `launcher`: the process without which this one is to end."""
         if world_size > 1:
+            self._launcher = launcher
             self._rank = f"rank {rank} of {world_size} on {platform.node()}"
             self._beat = time.monotonic()
             threading.Thread(target=self._look, name="watchdog", daemon=True).start()
@@ -53,6 +56,9 @@ class Watchdog(Callback):
 
     def _look(self) -> None:
         while not self._over.wait(1.0):
+            if self._launcher not in (None, os.getppid()):
+                print(f"\ntrivit: {self._rank}: the process that started this one is gone", file=sys.stderr, flush=True)
+                os._exit(1)
             limit = self.step if self._begun else self.start
             if time.monotonic() - self._beat > limit:
                 self._end(limit)
@@ -73,3 +79,9 @@ class Watchdog(Callback):
         if self._begun:
             faulthandler.dump_traceback(file=sys.stderr)
         os._exit(1)  # the main thread is inside a collective and hears nothing
+
+
+def launcher_of(trainer: Trainer) -> int | None:
+    """The first rank of this node, where Lightning started this one from it: nobody else would end it."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return os.getppid() if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0 else None

@@ -5,8 +5,8 @@
     python -m tests.slurm.cluster stop DIR
 
 Each node is in a network namespace of its own, with a name and an address of its own (`tests.slurm.network`): ranks of
-two nodes talk as they would between two machines. Partition `main` is preempted by partition `urgent`, with some seconds
-of grace.
+two nodes talk as they would between two machines. Partition `main` is preempted by partition `urgent`, with some
+seconds of grace.
 """
 
 import os

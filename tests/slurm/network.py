@@ -1,7 +1,7 @@
 """A network of its own for each node of the throw-away cluster: a namespace with one address, joined by a bridge.
 
-Between two such nodes nothing reaches `localhost`, so what talks to the other one has found its address. Needs root with
-CAP_NET_ADMIN and the commands `ip`, `nsenter` and `unshare`.
+Between two such nodes nothing reaches `localhost`, so what talks to the other one has found its address. Needs root
+with CAP_NET_ADMIN and the commands `ip`, `nsenter` and `unshare`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Network:
         return f"{self.subnet}.{10 + node}"
 
     def start(self, nodes: int) -> None:
-        """Collapses what is half done when something cannot be made; subprocess.CalledProcessError."""
+        """Makes all of it, or nothing; subprocess.CalledProcessError when something cannot be made."""
         bridge = f"br{self.tag}"
         try:
             _ip("link", "add", bridge, "type", "bridge")

@@ -108,13 +108,24 @@ def test_preempted_requeued_resumed_evaluated(slurm: dict[str, str], images: Pat
     assert (run / "report.html").exists()
 
 
-def test_cancelled_saves_and_is_not_queued_again(slurm: dict[str, str], images: Path, tmp_path: Path) -> None:
+def test_term_while_starting_begins_anew_and_cancelled_saves(
+    slurm: dict[str, str], images: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """Only a job that was cancelled is not queued again."""
     run = tmp_path / "run"
     (job,) = submit(slurm, images, run, "--trainer.max_steps", 100_000)
+    log = run / "slurm" / f"{job}.out"
+    wait(slurm, job, "RUNNING")
+    while "ranks meet at" not in (log.read_text() if log.exists() else ""):
+        time.sleep(0.1)
+    time.sleep(1)  # Python imports
+    call(slurm, "scancel", "--signal=TERM", job)
+    wait(slurm, job, "PENDING")
+    assert "interrupted before training began: queued again" in log.read_text() and not samples(run)
     reach(slurm, job, run, 3)
     call(slurm, "scancel", job)
     assert wait(slurm, job, "CANCELLED", "PENDING") == "CANCELLED"
-    assert "SIGTERM received: saved" in (run / "slurm" / f"{job}.out").read_text()
+    assert "SIGTERM received: saved" in log.read_text()
     assert (run / "checkpoints/last.ckpt").exists()
 
 
