@@ -18,6 +18,7 @@ TITLES = {
     "train/images_per_second": "Images per second",
     "train/mfu": "Model FLOPs utilisation",
     "train/grad_norm": "Gradient norm",
+    "train/data_wait": "Waiting for data, share",
     "probe/knn": "kNN on the probe's images, %",
     **{name: number.title for name, number in NUMBERS.items()},
 }

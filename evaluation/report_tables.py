@@ -166,8 +166,10 @@ def protocols(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, float):  # results.json has all digits
+        return f"{value:.6g}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_plain(inner)}" for key, inner in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_plain, value))
     return str(value)

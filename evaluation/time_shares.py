@@ -81,7 +81,7 @@ def draw_time_shares(run: Run) -> str:
     shares = time_shares(run)
     if not shares:
         return ""
-    with figure(760, 150) as (drawing, axes):
+    with figure(420, 170) as (drawing, axes):
         left = 0.0
         for i, (phase, share) in enumerate(shares.items()):
             colour, hatch = SERIES[i % len(SERIES)], HATCHES[i]
@@ -90,6 +90,6 @@ def draw_time_shares(run: Run) -> str:
             left += share
         axes.set_xlim(0, 1)
         axes.set_axis_off()
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False, fontsize=10)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False, fontsize=10)
         told = ", ".join(f"{WORDS[phase]} {share:.1%}" for phase, share in shares.items())
         return to_svg(drawing, escape(f"Where the time of {run.name} went: {told}"))

@@ -1,6 +1,8 @@
-"""A small labelled world for the evaluators: images in shards, an encoder, and a run as `trivit pretrain` leaves it."""
+"""A small labelled world for the evaluators: images in shards, an encoder, runs as `trivit pretrain` leaves them."""
 
 import io
+import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,13 +13,20 @@ import yaml
 from PIL import Image
 
 from datamodules.shard_writer import ShardWriter
+from evaluation import evaluate
+from evaluation.probes import ProbeSettings
+from tasks.clip import CLIP
 from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import save_encoder
 from tasks.encoders import Encoder
 from tasks.mae import MAE
+from tasks.text_tower import TextConfig
 
 CLASSES = ("ant", "bee", "<cat>", "dog", "eel", "fox")
 CONFIG = EncoderConfig(arch="vit_tiny", width=24, depth=1, heads=2, image_size=16, patch_size=4, eval_resize=16)
+CLIP_CONFIG = EncoderConfig(arch="vit_tiny", width=32, depth=1, heads=2, image_size=16, patch_size=8, eval_resize=16)
+TEXT_CONFIG = TextConfig(width=32, depth=1, heads=2, context_length=12)
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (235, 235, 235)}
 
 
 def write_images(
@@ -88,3 +97,73 @@ def make_run(folder: Path, *, train: Path, rows: int = 60, norm_pix_loss: bool =
         lines.append(f"{10 * i},{i / 3},{2 * i},{loss},{1e-3 / i},{500 + rng.normal(0, 9)},0.02,{1 + i / 100},{i % 7}")
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def scored_once(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/mae, evaluated, and the cache that this left."""
+    root = tmp_path_factory.mktemp("scored")
+    run = make_run(root / "runs" / "mae", train=world / "train")
+    evaluate(
+        run, train=world / "train", test=world / "test", device="cpu", workers=0, progress=False,
+        settings=ProbeSettings(strengths=(1.0,)), cache_dir=root / "cache",
+    )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def scored_run(scored_once: Path, cache: Path, tmp_path: Path) -> Path:
+    shutil.copytree(scored_once / "cache", cache)
+    run = Path(shutil.copytree(scored_once / "runs", tmp_path / "runs")) / "mae"
+    results = run / "results.json"
+    results.write_text(results.read_text().replace(str(scored_once / "runs" / "mae"), str(run)))
+    return run
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 images of four colours, their captions (but for a fifth), and two fields."""
+    folder = tmp_path_factory.mktemp("colors") / "test"
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, samples_per_shard=30, classes=list(COLORS)) as writer:
+        for i in range(80):
+            name = list(COLORS)[i % 4]
+            pixels = np.clip(np.array(COLORS[name]) + rng.normal(0, 20, (16, 16, 3)), 0, 255).astype(np.uint8)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "png")
+            caption = {"txt": f"a {name} square, number {i}".encode()} if i % 5 else {}
+            kind = json.dumps({"colour": name, "edge": "soft" if i < 40 else "hard"}).encode()
+            writer.write(f"{i:04d}", {"png": file.getvalue(), "cls": str(i % 4).encode(), "json": kind, **caption})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained for a moment on colours and their names."""
+    torch.manual_seed(0)
+    clip = CLIP(Encoder(CLIP_CONFIG), TEXT_CONFIG, joint_width=16)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=2e-3)
+    colors = torch.tensor(list(COLORS.values())).float() / 255
+    ids = clip.text.tokenizer([f"a photo of a {name}." for name in COLORS])
+    for _ in range(40):
+        images = (colors[:, :, None, None] + 0.1 * torch.randn(4, 3, 16, 16) - 0.45) / 0.226
+        loss = clip.contrast(clip.encode_image(images), clip.encode_text(ids))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    about = {
+        "format": 1, "objective": "clip", "encoder": asdict(CLIP_CONFIG), "encoder_prefix": "model.encoder.",
+        "model": clip.settings(),
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("clip") / "clip.ckpt"
+    torch.save({"trivit": about, "state_dict": {f"model.{k}": v for k, v in clip.state_dict().items()}}, path)
+    return path
+
+
+def clip_run(checkpoint: Path, tmp_path: Path) -> Path:
+    """A folder as a run of 40 steps leaves it, with that checkpoint."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").write_bytes(checkpoint.read_bytes())
+    (run / "config.yaml").write_text("model: {class_path: tasks.clip_task.CLIPTask}\ntrainer: {max_steps: 40}\n")
+    return run

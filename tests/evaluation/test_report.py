@@ -1,5 +1,4 @@
 import re
-import shutil
 from collections import Counter
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -10,10 +9,8 @@ import torch
 
 from evaluation.errors import EvaluationError
 from evaluation.neighbours import neighbours_among
-from evaluation.probes import ProbeSettings
 from evaluation.report import report, unique_names
 from evaluation.run_files import read_run
-from evaluation.score import evaluate
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 from tests.evaluation.conftest import CONFIG, make_run, write_images
@@ -55,27 +52,6 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self._open or self._open[-1] not in ("style", "script"):
             self.words += f" {data}"
-
-
-@pytest.fixture(scope="session")
-def scored_once(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/mae, evaluated, and the cache that this left."""
-    root = tmp_path_factory.mktemp("scored")
-    run = make_run(root / "runs" / "mae", train=world / "train")
-    evaluate(
-        run, train=world / "train", test=world / "test", device="cpu", workers=0, progress=False,
-        settings=ProbeSettings(strengths=(1.0,)), cache_dir=root / "cache",
-    )  # fmt: skip
-    return root
-
-
-@pytest.fixture
-def scored_run(scored_once: Path, cache: Path, tmp_path: Path) -> Path:
-    shutil.copytree(scored_once / "cache", cache)
-    run = Path(shutil.copytree(scored_once / "runs", tmp_path / "runs")) / "mae"
-    results = run / "results.json"
-    results.write_text(results.read_text().replace(str(scored_once / "runs" / "mae"), str(run)))
-    return run
 
 
 def test_everything_is_on_one_page_that_loads_nothing(scored_run: Path) -> None:
