@@ -9,8 +9,10 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn
 
 ROOMS_WITH_ERRORS = ("pretrain", "evaluation", "tasks", "datamodules", "slurm")
@@ -187,6 +189,9 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="a setting of a probe, such as ks=5,10 or few_shot.draws=3 (repeat it for several)",
     )
     evaluate.add_argument("--output", metavar="DIR", help="where results.json goes (default: the run)")
+    evaluate.add_argument(
+        "--by-step", action="store_true", help="of a run that trains: to RUN/evaluations/step_N, once a checkpoint"
+    )
 
 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -329,6 +334,8 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         from evaluation.score_suite import evaluate_suite
 
         of_tasks = ("train", "test", "probes", "templates", "class_names", "class_fields", "captions")
+        if arguments.by_step:
+            arguments.parser.error("--by-step is for one task: leave --suite out")
         if given := [name for name in of_tasks if getattr(arguments, name) is not None]:
             arguments.parser.error(f"--{given[0].replace('_', '-')} is for one task: the file of --suite says it")
         found = evaluate_suite(arguments.source, arguments.suite, settings=arguments.options, **how)
@@ -337,8 +344,14 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         arguments.parser.error("give --test, or --suite")
     from evaluation.together import evaluate_together
 
-    evaluate_together(
-        arguments.source,
+    score: Callable[..., object] = partial(evaluate_together, arguments.source)
+    if arguments.by_step:
+        from pretrain.evaluate_steps import evaluate_step
+
+        if how.pop("output") is not None:
+            arguments.parser.error("--by-step says itself where the results go: leave --output out")
+        score = partial(evaluate_step, Path(arguments.source), evaluate_together)
+    score(
         train=arguments.train,
         test=arguments.test,
         probes=tuple(name.strip() for name in (arguments.probes or "knn,linear").split(",")),

@@ -130,13 +130,37 @@ def evaluate_script(
         made_by, output: as of `pretrain_script`.
         evaluate, report: the commands.
     """
-    alone = replace(
-        job, name=f"{job.name}-evaluate", nodes=1, gpus_per_node=min(job.gpus_per_node, 1), tasks=None, mem=None,
-        time=None,
-    )  # fmt: skip
     return _render(
-        "evaluate.sbatch.jinja", alone, made_by, output, evaluate=shlex.join(evaluate), report=shlex.join(report)
+        "evaluate.sbatch.jinja", _alone(job, "evaluate", time=None), made_by, output, evaluate=shlex.join(evaluate),
+        report=shlex.join(report),
     )  # fmt: skip
+
+
+def watch_script(
+    job: Job, made_by: str, script: Path, output: Path, evaluate: Sequence[str], pause: int
+) -> str:  # fmt: skip
+    """The batch script that evaluates each checkpoint as it appears; its argument is the number of the training job.
+
+    Args:
+        job, made_by, script, output: as of `pretrain_script`.
+        evaluate: the command that evaluates the newest checkpoint, once.
+        pause: seconds between two looks.
+
+    Raises:
+        SlurmError: no pause at all.
+    """
+    if pause < 1:
+        raise SlurmError(f"--watch {pause} must be at least 1 second")
+    return _render(
+        "watch.sbatch.jinja", _alone(job, "watch", time=job.time), made_by, output, script=script, output=output,
+        evaluate=shlex.join(evaluate), pause=pause,
+    )  # fmt: skip
+
+
+def _alone(job: Job, what: str, time: str | None) -> Job:
+    """One process with the surroundings of the training job."""
+    gpus = min(job.gpus_per_node, 1)
+    return replace(job, name=f"{job.name}-{what}", nodes=1, gpus_per_node=gpus, tasks=None, mem=None, time=time)
 
 
 def _lines(program: Sequence[str]) -> str:

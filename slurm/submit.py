@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from slurm.errors import SlurmError
-from slurm.job import Job, evaluate_script, logs, pretrain_script
+from slurm.job import Job, evaluate_script, logs, pretrain_script, watch_script
 
 LAYOUT = ("--trainer.num_nodes", "--trainer.devices")  # they follow from the job
 
@@ -44,6 +44,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--evaluate-test", metavar="DIR", help="evaluate the finished run: labelled data to score on")
     parser.add_argument("--probes", help="of that evaluation (default: those of trivit evaluate)")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=int,
+        const=60,
+        metavar="SECONDS",
+        help="evaluate each checkpoint on the way, too, in a job that looks for one so often (default 60); "
+        "--checkpoint_every says how often there is one",
+    )
     parser.add_argument("--program", default="trivit", metavar="COMMAND", help="how the nodes call trivit (default so)")
     parser.add_argument("--dry-run", action="store_true", help="show the scripts and do nothing")
 
@@ -72,23 +81,27 @@ def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     made_by = shlex.join(["trivit", *sys.argv[1:]]) if sys.argv else "trivit slurm submit"
     script = logs(output) / "pretrain.sbatch"
     texts = {script: pretrain_script(job, made_by, script, output, [*program, *_pretrain(job, rest)])}
+    watch, evaluate = logs(output) / "watch.sbatch", logs(output) / "evaluate.sbatch"
     if arguments.evaluate_test is not None:
         given = {"--train": arguments.evaluate_train, "--test": arguments.evaluate_test, "--probes": arguments.probes}
         options = [word for name, value in given.items() if value is not None for word in (name, value)]
-        texts[logs(output) / "evaluate.sbatch"] = evaluate_script(
-            job, made_by, output, [*program, "evaluate", str(output), *options], [*program, "report", str(output)]
-        )
-    elif arguments.evaluate_train is not None or arguments.probes is not None:
-        raise SlurmError("--evaluate-train and --probes need --evaluate-test DIR")
+        command = [*program, "evaluate", str(output), *options]
+        if arguments.watch is not None:
+            texts[watch] = watch_script(job, made_by, watch, output, [*command, "--by-step"], arguments.watch)
+        texts[evaluate] = evaluate_script(job, made_by, output, command, [*program, "report", str(output)])
+    elif any(value is not None for value in (arguments.evaluate_train, arguments.probes, arguments.watch)):
+        raise SlurmError("--evaluate-train, --probes and --watch need --evaluate-test DIR")
     if arguments.dry_run:
         print("\n".join(f"# ---- {path}\n{text}" for path, text in texts.items()), end="")
         return 0
     _write(texts)
-    first, *others = (str(path) for path in texts)
-    job_id = _sbatch(first)
+    job_id = _sbatch(str(script))
     print(f"job {job_id}: {job.world_size} processes on {job.nodes} nodes, output in {logs(output)}/{job_id}.out")
-    for path in others:
-        after = _sbatch("--kill-on-invalid-dep=yes", f"--dependency=afterok:{job_id}", path)
+    if watch in texts:
+        beside = _sbatch(f"--dependency=after:{job_id}", str(watch), job_id)
+        print(f"job {beside}: evaluates each checkpoint on the way, output in {logs(output)}/{beside}-watch.out")
+    if evaluate in texts:
+        after = _sbatch("--kill-on-invalid-dep=yes", f"--dependency=afterok:{job_id}", str(evaluate))
         print(f"job {after}: evaluates when job {job_id} has finished, output in {logs(output)}/{after}-evaluate.out")
     return 0
 

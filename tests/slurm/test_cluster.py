@@ -82,8 +82,8 @@ def test_preempted_requeued_resumed_evaluated(slurm: dict[str, str], images: Pat
     several = ["--trainer.strategy", "ddp", "--trainer.devices", 2]
     network = cluster.network_of(Path(slurm["SLURM_CONF"]).parent)
     before = network.received(2)
-    job, evaluation = submit(
-        slurm, images, run, "--evaluate-train", images, "--evaluate-test", images, "--probes", "knn"
+    job, watch, evaluation = submit(
+        slurm, images, run, "--evaluate-train", images, "--evaluate-test", images, "--probes", "knn", "--watch", 2
     )  # fmt: skip
     assert state(slurm, evaluation) == "PENDING"
     reach(slurm, job, run, 5)
@@ -106,6 +106,10 @@ def test_preempted_requeued_resumed_evaluated(slurm: dict[str, str], images: Pat
     wait(slurm, evaluation, "COMPLETED")
     assert json.loads((run / "results.json").read_text())["knn"]["top1"] > 0
     assert (run / "report.html").exists()
+    wait(slurm, watch, "COMPLETED")
+    steps = [int(path.parent.name.removeprefix("step_")) for path in run.glob("evaluations/step_*/results.json")]
+    said = (run / "slurm" / f"{watch}-watch.out").read_text()
+    assert max(steps) == STEPS and set(steps) <= {int(saved[1]), STEPS}, said
 
 
 def test_term_while_starting_begins_anew_and_cancelled_saves(

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from slurm.errors import SlurmError
-from slurm.job import Job, evaluate_script, pretrain_script, seconds
+from slurm.job import Job, evaluate_script, pretrain_script, seconds, watch_script
 
 RUN = Path("/runs/a run")
 
@@ -75,6 +75,7 @@ def test_a_small_job_asks_for_little():
 def test_scripts_are_bash_and_quote_what_needs_it(job, tmp_path):
     job = Job(**{**vars(job), "environment": {"GREETING": "it's $HOME"}, "setup": ["module load cuda"]})
     texts = [script(job), evaluate_script(job, "x", RUN, ["trivit", "evaluate", "a b"], ["trivit", "report", "a b"])]
+    texts.append(watch_script(job, "x", RUN / "slurm/watch.sbatch", RUN, ["trivit", "evaluate", "a b", "--by-step"], 9))
     for text in texts:
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
         first = next(line for line in text.splitlines() if line.startswith("export GREETING"))
@@ -82,7 +83,8 @@ def test_scripts_are_bash_and_quote_what_needs_it(job, tmp_path):
         assert said.stdout == "it's $HOME\n"
         assert "\nmodule load cuda\n" in text and "{{" not in text
     assert "--data.train '/data/two words'" in texts[0] and "checkpoint='/runs/a run/checkpoints/last.ckpt'" in texts[0]
-    assert "trivit evaluate 'a b'\n" in texts[1]
+    assert "trivit evaluate 'a b'\n" in texts[1] and "trivit evaluate 'a b' --by-step &\n" in texts[2]
+    assert ("--signal=B:USR1@180" in texts[2]) == ("--signal=USR1@180" in texts[0]) == (job.time is not None)
 
 
 FAKES = {
@@ -131,3 +133,44 @@ def test_how_a_run_ends_decides_what_follows(tmp_path, code, state, checkpoint, 
     assert done.returncode == code and done.stderr == ""
     assert said in done.stdout.splitlines()[-1]
     assert calls.read_text().splitlines() == ["10.0.0.7:20007", *(["requeue"] if requeued else [])]
+
+
+WATCHED = {
+    "squeue": """#!/bin/bash
+echo "$@" >> "$FOLDER/looks"
+looks=$(wc -l < "$FOLDER/looks")
+case $looks in
+    2 | 4 | 6) echo "$looks" > "$CHECKPOINT.part" && mv "$CHECKPOINT.part" "$CHECKPOINT" ;;  # 6: after its end
+esac
+case $looks in
+    1 | 2 | 3 | 4) echo "7 RUNNING" ;;
+    5) echo "error: Unable to contact slurm controller" >&2; exit 1 ;;
+esac
+""",
+    "srun": """#!/bin/bash
+echo "$(cat "$CHECKPOINT"): $*" >> "$FOLDER/calls"
+[ "$(cat "$CHECKPOINT")" != 4 ]
+""",
+    "sleep": "#!/bin/bash\n",
+}
+
+
+def test_each_checkpoint_is_evaluated_until_the_training_job_is_gone(tmp_path):
+    for name, text in WATCHED.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    checkpoint = tmp_path / "run/checkpoints/last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    text = watch_script(Job("run"), "x", tmp_path / "watch.sbatch", tmp_path / "run", ["trivit", "evaluate"], 60)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "FOLDER": str(tmp_path), "CHECKPOINT": str(checkpoint)}
+    command = ["bash", "-s", "7"]
+    done = subprocess.run(command, input=text, text=True, capture_output=True, env=environment, check=True, timeout=60)
+    assert (tmp_path / "calls").read_text().splitlines() == [f"{n}: trivit evaluate" for n in (2, 4, 6)]
+    assert (tmp_path / "looks").read_text().splitlines() == ["--noheader --jobs=7"] * 7
+    first, last = done.stdout.splitlines()
+    assert "this checkpoint was not evaluated" in first and last.endswith("job 7 has ended") and done.stderr == ""
+
+
+def test_a_watch_without_pause_is_refused():
+    with pytest.raises(SlurmError, match="--watch 0 must be at least 1 second"):
+        watch_script(Job("run"), "x", RUN, RUN, [], 0)

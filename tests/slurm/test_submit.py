@@ -47,7 +47,7 @@ def test_dry_run_shows_the_scripts_and_writes_nothing(tmp_path, capsys):
 def test_one_process_needs_no_strategy(tmp_path, capsys):
     assert submit(*TRAIN, "--output", tmp_path / "run", "--dry-run") == 0
     shown = capsys.readouterr().out
-    assert "--trainer.accelerator cpu" in shown and "strategy" not in shown and "evaluate" not in shown
+    assert "--trainer.accelerator cpu" in shown and "strategy" not in shown and "evaluate.sbatch" not in shown
 
 
 def test_strategy_and_accelerator_may_be_chosen(tmp_path, capsys):
@@ -67,6 +67,7 @@ def test_strategy_and_accelerator_may_be_chosen(tmp_path, capsys):
         (["--output", "run", "--trainer.num_nodes=2"], "--trainer.num_nodes follows from --nodes"),
         (["--output", "run", "--env", "HOME"], "write NAME=VALUE"),
         (["--output", "run", "--probes", "knn"], "need --evaluate-test"),
+        (["--output", "run", "--watch"], "need --evaluate-test"),
         (["--output", "run", "--tasks-per-node", 0], "--tasks-per-node 0 must be at least 1"),
         (["--output", "run", "--time", "soon"], "no time limit of SLURM"),
         (["--output", "run", "--nodes", "two"], "invalid int value: 'two'"),
@@ -100,3 +101,23 @@ def test_submitting_needs_no_torch():
         "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_what_goes_to_slurm_with_what_it_waits_for(tmp_path, monkeypatch, capsys):
+    fake, calls = tmp_path / "sbatch", tmp_path / "calls"
+    fake.write_text(f'#!/bin/bash\necho "$@" >> {calls}; echo $((40 + $(wc -l < {calls})))\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    run = tmp_path / "run"
+    more = ["--evaluate-train", "/d/t", "--evaluate-test", "/d/v", "--probes", "knn", "--watch", 90]
+    assert submit(*TRAIN, "--output", run, *more) == 0
+    assert calls.read_text().splitlines() == [
+        f"--parsable {run}/slurm/pretrain.sbatch",
+        f"--parsable --dependency=after:41 {run}/slurm/watch.sbatch 41",
+        f"--parsable --kill-on-invalid-dep=yes --dependency=afterok:41 {run}/slurm/evaluate.sbatch",
+    ]
+    watch = (run / "slurm/watch.sbatch").read_text()
+    assert f"srun  trivit evaluate {run} --train /d/t --test /d/v --probes knn --by-step &" in watch
+    assert "sleep 90 &" in watch
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["job 41", "job 42", "job 43"] and "on the way" in said[1]
