@@ -162,6 +162,10 @@ def read_checkpoint(path: Path) -> Any:
         if "objective" not in about:
             return tensors
         return {"trivit": about, "state_dict": {f"model.{name}": tensor for name, tensor in tensors.items()}}
+    if path.suffix == ".onnx":
+        raise TaskError(
+            f"{path} is for ONNX Runtime alone: give the run, or an export to safetensors, timm or open_clip"
+        )
     try:
         if path.is_dir():  # of a sharded model; its optimiser's state stays on the disk
             return {name: part if "optimizer" in name else whole(part) for name, part in read_sharded(path).items()}

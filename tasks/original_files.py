@@ -79,7 +79,10 @@ def encoder_config(state: State, author: Author, source: str, heads: int | None)
         raise TaskError(f"{source} has a position table of {state['pos_embed'].shape[1]} rows, which is no square grid")
     arch = next((name for name, size in SIZES.items() if size[:2] == (width, depth)), None)
     if arch is None and heads is None:
-        raise TaskError(f"{source} is {width} wide and {depth} deep, no published size: say how many heads it has")
+        raise TaskError(
+            f"{source} is {width} wide and {depth} deep, no published size: read it with "
+            "tasks.load_encoder(FILE, heads=N), and keep that with tasks.encoder_files.save_encoder"
+        )
     return EncoderConfig(
         arch=arch or "vit_base",
         image_size=side * patch_size,
