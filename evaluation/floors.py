@@ -27,6 +27,7 @@ KNN_SIDE = 64
 LINEAR_SIDE = 16
 PIXEL_BYTES = 1 << 30
 UNTRAINED_SEED = 0
+UNTRAINED = f"the same encoder, untrained (initialisation seed {UNTRAINED_SEED})"
 
 Measure = Callable[[Featurizer, Path], ProbeData]
 
@@ -122,8 +123,36 @@ def _untrained(
     data = measure(untrained(config), aside)
     results = {probe: PROBES[probe](data, settings) for probe in probes}
     for result in results.values():
-        result["protocol"]["features"] = f"the same encoder, untrained (initialisation seed {UNTRAINED_SEED})"
+        result["protocol"]["features"] = UNTRAINED
     return results
+
+
+def untrained_floor(
+    probe: str, config: EncoderConfig, settings: ProbeSettings, score: Callable[[Encoder], Result], *,
+    data_hashes: Sequence[str], precision: Precision = "float32", cache_dir: Path | None = None,
+) -> Result:  # fmt: skip
+    """What the same probe finds on the same encoder, untrained: the floor of a probe that learns from images.
+
+    It takes as long as the probe, but once for all checkpoints of one config: it is kept in the cache.
+
+    Args:
+        probe: its name, which its settings have, too.
+        config: of the encoder whose floor this is.
+        settings: as for the encoder itself.
+        score: the probe.
+        data_hashes, precision, cache_dir: as for `floors`.
+    """
+    cache_dir = cache_dir or cache_home() / "floors"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    counts = (getattr(settings, probe), settings.seed, settings.strengths, settings.device)
+    identity = [FORMAT, "untrained", probe, repr(replace(config, drop_path=0.0)), repr(counts), *data_hashes, precision]
+    place = cache_dir / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.json"
+    if not place.exists():
+        found = score(untrained(config))
+        found["protocol"]["features"] = UNTRAINED
+        write_aside(place, json.dumps(found).encode())
+    result: Result = json.loads(place.read_text())
+    return result
 
 
 def untrained(config: EncoderConfig) -> Encoder:

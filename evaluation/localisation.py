@@ -29,6 +29,9 @@ from tasks.encoders import Encoder
 
 Doubles = NDArray[np.float64]
 ENOUGH = 0.5
+WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
+CENTRE = np.array([0.15, 0.15, 0.85, 0.85])
+"""About half of the area of an image, in its middle."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,11 @@ class Localisation:
 
 
 def localisation(encoder: Encoder, test: Path, data: ImageData, config: Localisation, seed: int = 0) -> dict[str, Any]:
-    """{"corloc", "interval", "mean_iou", "mean_iou_interval", "pointing", "whole_image", "images"}, in percent.
+    """{"corloc", "interval", "mean_iou", "mean_iou_interval", "pointing", "whole_image", "centre_box", "images"}.
 
-    `pointing`: the patch that gets most attention has its middle in a box; `whole_image`: CorLoc of the whole image as
-    the box. The interval is Wilson's, that of the mean IoU a bootstrap over images.
+    In percent. `pointing`: the patch that gets most attention has its middle in a box; `whole_image` and `centre_box`:
+    CorLoc of the whole image as the box, and of a box in its middle of 0.7 of its sides, which look at nothing. The
+    interval is Wilson's, that of the mean IoU a bootstrap over images.
 
     Args:
         encoder: a plain ViT with a class token.
@@ -71,7 +75,7 @@ def localisation(encoder: Encoder, test: Path, data: ImageData, config: Localisa
     images = WholeImages(
         test, side=about.image_size, batch_size=min(64, data.batch_size), channels=about.in_chans, bits=about.bits
     )
-    rows: list[tuple[float, float, float]] = []
+    rows: list[tuple[float, float, float, float]] = []
     known: dict[str, Doubles] | None = None
     if config.boxes:
         known = read_boxes(config.boxes, all_keys(images))
@@ -86,14 +90,14 @@ def localisation(encoder: Encoder, test: Path, data: ImageData, config: Localisa
                 height, width = batch["size"][i].tolist()
                 truth = truth / np.array([width, height, width, height])
                 best = float(iou(attention_box(maps[i], config.mass), truth).max())
-                whole = float(iou(np.array([0.0, 0.0, 1.0, 1.0]), truth).max())
-                rows.append((best, whole, float(_points_into(maps[i], truth))))
+                whole, centre = (float(iou(box, truth).max()) for box in (WHOLE, CENTRE))
+                rows.append((best, whole, centre, float(_points_into(maps[i], truth))))
             bar.update(len(batch["key"]))
     if not rows:
         raise EvaluationError(
             "localisation found no boxes: give a table (--set localisation.boxes=FILE), or test images with masks"
         )
-    best_iou, whole_iou, pointed = np.array(rows).T
+    best_iou, whole_iou, centre_iou, pointed = np.array(rows).T
     return {
         "corloc": 100 * float((best_iou >= ENOUGH).mean()),
         "interval": interval(np.where(best_iou >= ENOUGH, 0, 1)),
@@ -101,6 +105,7 @@ def localisation(encoder: Encoder, test: Path, data: ImageData, config: Localisa
         "mean_iou_interval": percentile_interval(100 * resampled_sums(best_iou[:, None], seed)[:, 0] / len(rows)),
         "pointing": 100 * float(pointed.mean()),
         "whole_image": 100 * float((whole_iou >= ENOUGH).mean()),
+        "centre_box": 100 * float((centre_iou >= ENOUGH).mean()),
         "images": len(rows),
     }
 

@@ -63,7 +63,10 @@ def _segmentation(found: Mapping[str, Any]) -> str:
 
 
 def _localisation(found: Mapping[str, Any]) -> str:
-    return f"CorLoc {_with_interval(found, 'corloc')} (whole image: {one_decimal(found['whole_image'])}%)"
+    blind = f"whole image: {one_decimal(found['whole_image'])}%"
+    if "centre_box" in found:  # results of earlier versions have none
+        blind += f", box in the centre: {one_decimal(found['centre_box'])}%"
+    return f"CorLoc {_with_interval(found, 'corloc')} ({blind})"
 
 
 def _with_interval(found: Mapping[str, Any], key: str) -> str:
@@ -80,6 +83,8 @@ def _suite(found: Mapping[str, Any]) -> str:
 def _details(found: Mapping[str, Any]) -> str:
     if "by_labels" in found:
         return f" ({found['protocol']['draws']} draws of so many labels of each class, or share of train)"
+    if "majority_class" in found["protocol"] and ("mean_per_class" in found or "by_kind" in found):
+        return f"; always the largest class: {one_decimal(found['protocol']['majority_class'])}%"
     return ""
 
 

@@ -107,7 +107,7 @@ def evaluate(
     settings.check((*learned, *dense), config.in_chans)
     test_root = open_shards(test)
     train_root = open_shards(train) if train is not None and (learned or dense) else None
-    features = cache_dir / "features" if cache_dir else None
+    features, floor_cache = (cache_dir / name if cache_dir else None for name in ("features", "floors"))
     shared = {
         "source": source,
         "checkpoint": checkpoint_hash(source),
@@ -133,6 +133,11 @@ def evaluate(
         label, classes = match_labels(trained.classes, trained.label, tested.classes, tested.label)
         return ProbeData(trained.x, trained.label, tested.x, label, len(classes), attributes)
 
+    def take(found: dict[str, Any]) -> None:
+        for floor, scores in found.pop("floors", {}).items():
+            results.setdefault("floors", {}).setdefault(floor, {}).update(scores)
+        results.update(found)
+
     without_labels = list(learned) == ["label_free"]
     attributes: dict[str, Attribute] = {}
     results: dict[str, Any] = {}
@@ -157,11 +162,14 @@ def evaluate(
         for probe in on_features:
             results[probe] = PROBES[probe](data, settings)
             results[probe]["protocol"] = about | results[probe]["protocol"]
+
+        def measure(featurizer: Featurizer, aside: Path) -> ProbeData:
+            return pair(read(featurizer, train_root, aside), read(featurizer, test_root, aside))
+
         if floors and on_features:
             found = compute_floors(
-                config, lambda f, aside: pair(read(f, train_root, aside), read(f, test_root, aside)), on_features,
-                settings, train_images=len(trained), data_hashes=(trained.data_hash, tested.data_hash),
-                precision=precision, cache_dir=cache_dir / "floors" if cache_dir else None,
+                config, measure, on_features, settings, train_images=len(trained),
+                data_hashes=(trained.data_hash, tested.data_hash), precision=precision, cache_dir=floor_cache,
             )  # fmt: skip
             for result in (result for floor in found.values() for result in floor.values()):
                 drop = ("source", "checkpoint", "encoder", "pool")
@@ -171,10 +179,11 @@ def evaluate(
             from evaluation.score_images import score_on_images
 
             for found in score_on_images(
-                on_images, encoder, train_root, trained, test_root, tested, data, settings, about, workers=workers,
+                on_images, encoder, train_root, trained, test_root, tested, data, settings, about,
+                measure=measure if floors else None, floor_cache=floor_cache, workers=workers,
                 batch_size=batch_size, precision=precision, progress=progress,
             ):  # fmt: skip
-                results |= found
+                take(found)
                 if place is not None:
                     merge(place, results)  # what took hours is not lost when the next one fails
         if any(name in NAMES for name in learned):
@@ -191,12 +200,10 @@ def evaluate(
             if path is not None and root is not None
         }
         found = score_dense(
-            dense, encoder, train_root, test_root, settings, about, floors=floors, batch_size=batch_size,
-            workers=workers, precision=precision, progress=progress,
+            dense, encoder, train_root, test_root, settings, about, floors=floors, floor_cache=floor_cache,
+            batch_size=batch_size, workers=workers, precision=precision, progress=progress,
         )  # fmt: skip
-        for floor, scores in found.pop("floors", {}).items():
-            results.setdefault("floors", {}).setdefault(floor, {}).update(scores)
-        results |= found
+        take(found)
     told += ["", *lines] if (lines := probe_lines(results)) else []
     if paired:
         # here, since most users never need the text tower

@@ -1,26 +1,30 @@
 """The part of `evaluate` for probes that need images: what they learn from, their floors, their protocol."""
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from datamodules.manifest import load_manifest
 from evaluation.features import Features
-from evaluation.floors import UNTRAINED_SEED, untrained
+from evaluation.floors import UNTRAINED, Measure, untrained, untrained_floor
 from evaluation.image_data import ImageData, rows_of
 from evaluation.image_probes import IMAGE_PROBES, score_corruptions, score_localisation, score_segmentation
 from evaluation.probes import ProbeData, ProbeSettings, Result
 from tasks.encoders import Encoder
 
-UNTRAINED = f"the same encoder, untrained (initialisation seed {UNTRAINED_SEED})"
-
 
 def score_on_images(
     names: Sequence[str], encoder: Encoder, train: Path, trained: Features, test: Path, tested: Features,
-    probed: ProbeData, settings: ProbeSettings, about: Mapping[str, Any], **how: Any,
-) -> Iterator[dict[str, Result]]:  # fmt: skip
+    probed: ProbeData, settings: ProbeSettings, about: Mapping[str, Any], *, measure: Measure | None,
+    floor_cache: Path | None, **how: Any,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Results of `probes.LABELLED_IMAGES` by name, each as soon as it is there: they may take hours.
+
+    After each one follows its floor, {"floors": {"untrained": {name: result}}}.
 
     Args:
         names: of the probes.
@@ -29,23 +33,38 @@ def score_on_images(
         trained, tested, probed: the features, for labels, readable images and the linear probe.
         settings: of the probes.
         about: what every protocol says.
+        measure: makes the features of another encoder, see `floors`; None: no floors.
+        floor_cache: where floors are kept; None: in the user's cache.
         how: further fields of ImageData.
     """
     data = ImageData(
         train, rows_of(train, trained.key), trained.key, trained.label, test, rows_of(test, tested.key), tested.key,
         probed.test_label, probed.classes, device=settings.device, **how,
     )  # fmt: skip
+
+    def score(name: str, of: Encoder) -> Result:
+        if name != "corruptions":
+            return IMAGE_PROBES[name](of, data, settings)
+        if of is encoder or measure is None:
+            return score_corruptions(of, data, settings, probed.train, probed.test)
+        with tempfile.TemporaryDirectory() as aside:
+            clean = measure(of, Path(aside))
+            return score_corruptions(of, data, settings, clean.train, clean.test)
+
     for name in names:
-        if name == "corruptions":
-            result = score_corruptions(encoder, data, settings, probed.train, probed.test)
-        else:
-            result = IMAGE_PROBES[name](encoder, data, settings)
+        result = score(name, encoder)
         yield {name: result | {"protocol": dict(about) | result["protocol"]}}
+        if measure is not None:
+            under = untrained_floor(
+                name, encoder.config, settings, partial(score, name),
+                data_hashes=(trained.data_hash, tested.data_hash), precision=data.precision, cache_dir=floor_cache,
+            )  # fmt: skip
+            yield {"floors": {"untrained": {name: _told(about, under)}}}
 
 
 def score_dense(
     names: Sequence[str], encoder: Encoder, train: Path | None, test: Path, settings: ProbeSettings,
-    about: Mapping[str, Any], *, floors: bool, **how: Any,
+    about: Mapping[str, Any], *, floors: bool, floor_cache: Path | None, **how: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Results of `probes.DENSE_PROBES` by name, and under "floors" those of the untrained encoder."""
     none = np.zeros(0, np.int64)
@@ -61,9 +80,22 @@ def score_dense(
     for name in names:
         result = score(name, encoder)
         results[name] = result | {"protocol": dict(about) | result["protocol"]}
-        if floors:
+        if not floors:
+            continue
+        if name == "segmentation":
+            hashes = [load_manifest(root).hash for root in (data.train, test)]
+            under = untrained_floor(
+                name, encoder.config, settings, partial(score, name), data_hashes=hashes, precision=data.precision,
+                cache_dir=floor_cache,
+            )  # fmt: skip
+        else:  # one pass over the images, against a table of boxes that may change
             under = score(name, untrained(encoder.config))
-            told = {key: value for key, value in about.items() if key not in ("source", "checkpoint", "encoder")}
-            under["protocol"] = told | under["protocol"] | {"features": UNTRAINED}
-            results.setdefault("floors", {}).setdefault("untrained", {})[name] = under
+            under["protocol"]["features"] = UNTRAINED
+        results.setdefault("floors", {}).setdefault("untrained", {})[name] = _told(about, under)
     return results
+
+
+def _told(about: Mapping[str, Any], floor: Result) -> Result:
+    """A floor with what every protocol says, but for what is of the encoder alone."""
+    told = {key: value for key, value in about.items() if key not in ("source", "checkpoint", "encoder")}
+    return floor | {"protocol": told | floor["protocol"]}

@@ -188,6 +188,9 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         dest="options",
         help="a setting of a probe, such as ks=5,10 or few_shot.draws=3 (repeat it for several)",
     )
+    evaluate.add_argument(
+        "--no-floors", action="store_true", help="leave out raw pixels and the untrained encoder, the same for all runs"
+    )
     evaluate.add_argument("--output", metavar="DIR", help="where results.json goes (default: the run)")
     evaluate.add_argument(
         "--by-step", action="store_true", help="of a run that trains: to RUN/evaluations/step_N, once a checkpoint"
@@ -330,6 +333,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
     from evaluation.probes import ProbeSettings
 
     how = {name: getattr(arguments, name) for name in ("output", "pool", "image_size", "precision")}
+    how["floors"] = not arguments.no_floors
     if arguments.suite is not None:
         from evaluation.score_suite import evaluate_suite
 

@@ -141,10 +141,12 @@ def test_localisation_against_masks_and_a_table(masked: Path, tmp_path: Path, mo
     found = localisation(encoder_of(), test, data_of(test), Localisation(mass=0.99))
     assert found["corloc"] == found["pointing"] == 100 and found["images"] == 30
     assert found["whole_image"] == 0 and found["mean_iou"] > 90
-    rows = ["file\tx0\ty0\tx1\ty1", "0003.png\t0\t0\t1\t1", "0004.png\t0\t0\t16\t16", "no such.png\t0\t0\t1\t1"]
+    rows = ["file\tx0\ty0\tx1\ty1", "0003.png\t0\t0\t1\t1", "0004.png\t0\t0\t16\t16", "no such.png\t0\t0\t1\t1",
+            "0005.png\t4\t4\t12\t12", "0006.png\t0\t4\t8\t12"]  # fmt: skip
     (tmp_path / "boxes.tsv").write_text("\n".join(rows))
     told = localisation(encoder_of(), test, data_of(test), Localisation(boxes=str(tmp_path / "boxes.tsv")))
-    assert told["images"] == 2 and told["whole_image"] == 50
+    assert told["images"] == 4 and told["whole_image"] == 25
+    assert told["centre_box"] == 25  # the box of 64 pixels inside the 125 of the middle
 
 
 def test_boxes_are_of_the_image_as_it_is_whatever_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

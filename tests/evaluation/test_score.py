@@ -120,8 +120,9 @@ def test_probes_on_features_and_their_settings_on_the_command_line(
 
 
 def test_probes_on_images_on_the_command_line(
-    cache: Path, encoder_file: Path, tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    cache: Path, encoder_file: Path, tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     names = ("linear_paper", "linear_mae", "attentive", "finetune", "corruptions")
     small = [
         "linear_paper.steps=2", "linear_paper.rates=0.1", "linear_mae.epochs=2", "linear_mae.warmup_epochs=1",
@@ -133,8 +134,12 @@ def test_probes_on_images_on_the_command_line(
                "--probes", ",".join(names), *(f"--set={each}" for each in small)]  # fmt: skip
     assert main(command) == 0
     found = json.loads((tmp_path / "results.json").read_text())
-    assert set(found) == set(names), "no floors: they would take as long"
+    assert set(found) == {*names, "floors"} and set(found["floors"]) == {"untrained"}
     for name in names:
+        under = found["floors"]["untrained"][name]
+        assert under["top1"] == found[name]["top1"], "this encoder is untrained itself, from the same seed"
+        assert under["protocol"]["features"].startswith("the same encoder, untrained")
+        assert "checkpoint" not in under["protocol"] and under["protocol"]["train"]["images"] == 240
         protocol = found[name]["protocol"]
         assert found[name]["interval"][0] <= found[name]["top1"] <= found[name]["interval"][1]
         assert protocol["train"]["images"] == 240 and protocol["seed"] == 0 and len(protocol["checkpoint"]) == 16
@@ -143,6 +148,28 @@ def test_probes_on_images_on_the_command_line(
     assert found["finetune"]["protocol"]["layer_decay"] == 0.65
     printed = capsys.readouterr().out
     assert all(f"\n{name}: top-1 " in printed for name in names)
+    assert printed.count("\n  the untrained encoder top-1 ") == printed.count("always the largest class: 16.7%") == 5
+    with monkeypatch.context() as patched:  # nothing is left to build another encoder with
+        patched.setattr("evaluation.floors.untrained", None)
+        assert main(command) == 0
+    assert json.loads((tmp_path / "results.json").read_text()) == found, "to the last digit"
+
+
+def test_the_floor_of_a_probe_on_images_does_not_depend_on_the_run(
+    cache: Path, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--probes", "linear_mae", "--set", "linear_mae.epochs=1", "--set", "linear_mae.warmup_epochs=0"]
+    data = ["--train", str(world / "train"), "--test", str(world / "test")]
+    found = []
+    for seed in (3, 4):
+        monkeypatch.setenv("TRIVIT_CACHE", str(tmp_path / f"cache{seed}"))
+        run = make_run(tmp_path / f"run{seed}", train=world / "train", seed=seed)
+        assert main(["evaluate", str(run), *data, *few]) == 0
+        found.append(json.loads((run / "results.json").read_text()))
+    first, second = found
+    assert first["floors"] == second["floors"] and first["linear_mae"]["top1"] != second["linear_mae"]["top1"]
+    assert main(["evaluate", str(run), *data, *few, "--no-floors", "--output", str(tmp_path / "bare")]) == 0
+    assert set(json.loads((tmp_path / "bare" / "results.json").read_text())) == {"linear_mae"}
 
 
 def test_what_is_done_is_kept_when_the_next_probe_fails(
@@ -174,7 +201,8 @@ def test_probes_on_masks_need_no_labels(
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["segmentation"]["protocol"]["classes"] == 2 and found["localisation"]["images"] == 12
     assert set(found["floors"]["untrained"]) >= {"segmentation"}
-    assert "segmentation: mean IoU" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "segmentation: mean IoU" in told and "the most frequent class: " in told and "box in the centre: " in told
     assert main([*command, "--probes", "segmentation"]) == 2
     assert "segmentation learns from labelled images: give --train" in capsys.readouterr().err
 
