@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import evaluation
 from datamodules.errors import DataError
@@ -68,6 +69,30 @@ def test_probes_merge_into_the_file_and_repeat_to_the_last_digit(world: Path, ca
     merged = json.loads((run / "results.json").read_text())
     assert set(merged) == {"zeroshot", "knn", "linear"}
     assert run_evaluate(run, world / "train", world / "test", probes=("knn",), floors=False) == first
+
+
+def test_features_are_made_once_for_all_probes_and_made_anew_give_the_same_digits(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each image once, and once more by the untrained encoder for the floors."""
+    run, seen, real = make_run(tmp_path / "run", train=world / "train", seed=5), [], Encoder.features
+
+    def counted(self: Encoder, images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(Encoder, "features", counted)
+    found = []
+    few = with_options(
+        ProbeSettings(), ["strengths=1,0.1", "few_shot.shots=2", "few_shot.shares=0.5", "few_shot.draws=2"]
+    )
+    for cache, images in (("one", 2 * 300), ("one", 0), ("other", 2 * 300)):
+        monkeypatch.setenv("TRIVIT_CACHE", str(tmp_path / cache))
+        seen.clear()
+        probes = ("knn", "linear", "few_shot", "label_free")
+        found.append(run_evaluate(run, world / "train", world / "test", probes=probes, settings=few))
+        assert sum(seen) == images
+    assert found[0] == found[1] == found[2], "to the last digit"
 
 
 def test_small_train_sets_get_the_ks_that_fit(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:
