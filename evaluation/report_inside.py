@@ -28,6 +28,8 @@ EVEN = 0.9
 """Attention that covers more than this share of the patches, as exp(entropy) counts them, looks at nothing."""
 
 
+WORK = 400_000_000_000
+"""Multiply-adds that each picture over depth may take: 6 images of a ViT-L/16, 2 of a ViT-H/14, but always one."""
 LEVEL = 1.2
 """What the patch that counts most must reach, an even share being 1, for a map of rollout to show anything."""
 FEW = math.log(2)
@@ -54,8 +56,10 @@ def inside_sections(run: Run, count: int, test_data: str | None) -> Inside:
     except (TaskError, DataError, EvaluationError) as error:
         return Inside(Section(run.name, f"No pictures of the inside of the encoder: {error}."))
     look, patches = _attention_section(run, encoder, images), _patch_section(run, encoder, images)
+    of_one = encoder.num_patches * sum(parameter.numel() for parameter in encoder.parameters())
+    few = images[: max(1, WORK // of_one)]
     try:
-        return Inside(look, _depth_section(run, encoder, images), _rollout_section(run, encoder, images), patches)
+        return Inside(look, _depth_section(run, encoder, few), _rollout_section(run, encoder, few), patches)
     except TaskError:  # no attention between all tokens, as `look` says
         return Inside(look, patches=patches)
     except EvaluationError as error:
@@ -92,7 +96,8 @@ def _spread(found: list[AttentionPicture]) -> str:
 def _depth_section(run: Run, encoder: Encoder, images: Tensor) -> Section:
     distance, entropy = attention_distance(encoder, images), attention_entropy(encoder, images)
     note = (
-        f"Each ring is a head, the line their mean, dashes are attention that is even everywhere; {len(images)} images."
+        "Each ring is a head, the line their mean, dashes are attention that is even everywhere; mean over "
+        f"{len(images)} image{'s' * (len(images) > 1)}."
     )
     drawn = (draw_attention_distance(distance), _distance_words(distance)), (
         draw_attention_entropy(entropy), _entropy_words(entropy)
