@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import RunError
 from tasks.sharded_files import ABOUT, read_about, read_sharded, save_flushed, whole
 
@@ -26,17 +27,25 @@ CHECKERS = 8
 class CheckpointFiles(TorchCheckpointIO):
     """Lightning's files, written straight to the disk, and read also where they are the folder of a sharded model."""
 
+    def __init__(self, writer: CheckpointWriter | None = None) -> None:
+        self.writer = writer or CheckpointWriter()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes and flushes; OSError when there is no room."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        remove(Path(path))
-        save_flushed(checkpoint, Path(path))
+        """Writes and flushes, or has it done in the background; OSError when there is no room."""
+        kept = self.writer.keep(checkpoint)
+        self.writer.do(lambda: _write(kept, Path(path)))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """All of it, on the host; never more than tensors and plain values."""
         if Path(path).is_dir():
             return whole(read_sharded(Path(path)))  # type: ignore[no-any-return]
         return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(path)
+    save_flushed(checkpoint, path)
 
 
 def load_pieces(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.errors import DataError
 from pretrain.checkpoint_files import LAST, PART, load_pieces, put_in_place, remove
+from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import AgreedFailure, RunError, RunFailure
 from pretrain.guard import FiniteGuard
 from pretrain.stop import StopRequest
@@ -20,13 +21,18 @@ class Checkpoints(Callback):
     `spoiled`: the last.ckpt that is there cannot be read and is not worth keeping as the one before.
     """
 
-    def __init__(self, directory: Path, every: int, stop: StopRequest, guard: FiniteGuard) -> None:
+    def __init__(
+        self, directory: Path, every: int, stop: StopRequest, guard: FiniteGuard, writer: CheckpointWriter | None = None
+    ) -> None:
         self.directory = directory
         self.every = every
         self.stop = stop
         self.guard = guard
+        self.writer = writer or CheckpointWriter()
         self.spoiled = False
         self._saved_step = sys.maxsize  # nothing can be worth saving before training starts
+        self._first = True  # rank
+        self._whole_step = 0  # of last.ckpt; behind the other one while that is written in the background
 
     @property
     def last(self) -> Path:
@@ -35,7 +41,8 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing new to save before the first step; from here on signals wait for the end of a step."""
-        self._saved_step = trainer.global_step
+        self._saved_step = self._whole_step = trainer.global_step
+        self._first = trainer.is_global_zero
         self.stop.listen()
 
     def on_train_batch_end(
@@ -43,40 +50,72 @@ class Checkpoints(Callback):
     ) -> None:
         """Save when it is time; end the run after the step in which the ranks agreed to stop."""
         step = trainer.global_step
+        if self.writer.failed:
+            self._wait()
         if step == self._saved_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if step % self.every == 0 or step == trainer.max_steps or self.stop.agreed is not None:
             self.save(trainer)
+        if step == trainer.max_steps or self.stop.agreed is not None:
+            self.finish(trainer)
         if self.stop.agreed is not None:
             trainer.should_stop = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Too many bad samples, say, end a run between two steps: keep what was learned, if all ranks are here."""
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            self.writer.wait()
         together = isinstance(exception, AgreedFailure) or trainer.world_size == 1
         if together and isinstance(exception, AgreedFailure | DataError) and trainer.global_step > self._saved_step:
-            with contextlib.suppress(RunError):  # the disk may be full; the first error is the one to tell
+            with contextlib.suppress(RunError):  # the disk may be full
                 self.save(trainer)
+                self.finish(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Collective: write aside, flush to the disk, rename; a full disk leaves the previous checkpoint as it is."""
+        """Collective: write aside, flush to the disk, rename; a full disk leaves the previous checkpoint as it is.
+
+        In the background, if the writer does so, behind the one before it.
+        """
         self.guard.check_before_saving(trainer)
-        aside = self.directory / PART
+        self.finish(trainer)
+        aside, step = self.directory / PART, trainer.global_step
         try:
             self._save_aside(trainer, aside)
             if trainer.is_global_zero:
-                put_in_place(aside, keep=not self.spoiled)
-                self.spoiled = False
+                self.writer.do(lambda: self._put_in_place(aside, step))
         except OSError as error:
-            if trainer.is_global_zero:
-                with contextlib.suppress(OSError):
-                    remove(aside)
-            kept = f"the checkpoint of step {self._saved_step} is whole" if self.last.exists() else "there is no other"
-            self.stop.fail(RunFailure(
-                f"could not write a checkpoint to {self.directory} ({error.strerror or error}); {kept}. "
-                "Make room and run the same command again"
-            ))  # fmt: skip
+            self._fail(error)
         self.stop.agree()
-        self._saved_step = trainer.global_step
+        self._saved_step = step
+
+    def finish(self, trainer: Trainer) -> None:
+        """Collective where checkpoints are written in the background: the last one is in its place, or has failed."""
+        if self.writer.background:
+            with trainer.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
+                self._wait()
+            self.stop.agree()
+
+    def _wait(self) -> None:
+        """What went wrong in the background is raised where the ranks agree next."""
+        try:
+            self.writer.wait()
+        except OSError as error:
+            self._fail(error)
+
+    def _put_in_place(self, aside: Path, step: int) -> None:
+        put_in_place(aside, keep=not self.spoiled)
+        self.spoiled = False
+        self._whole_step = step
+
+    def _fail(self, error: OSError) -> None:
+        if self._first:
+            with contextlib.suppress(OSError):
+                remove(self.directory / PART)
+        kept = f"the checkpoint of step {self._whole_step} is whole" if self.last.exists() else "there is no other"
+        self.stop.fail(RunFailure(
+            f"could not write a checkpoint to {self.directory} ({error.strerror or error}); {kept}. "
+            "Make room and run the same command again"
+        ))  # fmt: skip
 
     def _save_aside(self, trainer: Trainer, aside: Path) -> None:
         try:

@@ -1,8 +1,8 @@
 """Configuration: YAML and command line into one checked whole (LightningCLI, jsonargparse).
 
-Top level: `seed`, `epochs`, `output`, `checkpoint_every`, `log_every`, `log_keys`, `start_timeout`, `step_timeout`,
-`wandb`, `allow_changes`; then `model` (a task of `tasks/`), `data` (ShardDataModule) and `trainer`
-(lightning.pytorch.Trainer).
+Top level: `seed`, `epochs`, `output`, `checkpoint_every`, `checkpoint_async`, `log_every`, `log_keys`,
+`start_timeout`, `step_timeout`, `wandb`, `probe`, `allow_changes`; then `model` (a task of `tasks/`), `data`
+(ShardDataModule) and `trainer` (lightning.pytorch.Trainer).
 """
 
 import argparse
@@ -71,6 +71,9 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--epochs", type=float | None, default=None, help="length; or trainer.max_steps, not both")
         parser.add_argument("--output", type=str | None, default=None, help="folder of this run (required)")
         parser.add_argument("--checkpoint_every", type=int, default=1000, help="optimiser steps between checkpoints")
+        parser.add_argument(
+            "--checkpoint_async", type=bool, default=False, help="write them while training goes on; takes host memory"
+        )
         parser.add_argument("--log_every", type=int, default=10, help="optimiser steps between rows of metrics.csv")
         parser.add_argument("--log_keys", type=bool, default=False, help="write each step's samples to samples.jsonl")
         parser.add_argument(

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed import all_gather_object
+from torch.distributed import all_gather_object, new_group
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pretrain.checkpoint_files import flush_folder, load_pieces, remove
+from pretrain.checkpoint_writer import CheckpointWriter
 from tasks.sharded_files import ABOUT, Pieces, save_flushed, shard_name, split_off
 from tasks.sharding import average_scalars, fill, rows
 
@@ -28,6 +29,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(tensor_parallel_size=1, **settings)
+        self.writer = CheckpointWriter()
+        self._apart: Any = None
 
     def setup_environment(self) -> None:
         """All ranks are one axis."""
@@ -51,14 +54,21 @@ class FSDP2Strategy(ModelParallelStrategy):
         return getattr(optimizer, "optimizer", optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Collective: every rank writes its shard, then the first one the rest.
+        """Collective: every rank writes its shard, then the first one the rest; now, or in the background.
 
         Raises:
             OSError: the same on all ranks when one of them could not write its shard; on the first rank alone when it
                 could not write the rest.
         """
         folder = Path(self.broadcast(filepath))
-        rest, mine = split_off(checkpoint)
+        rest, mine = split_off(checkpoint, copy=self.writer.background)
+        kept = self.writer.keep(rest)
+        if self.writer.background and self._apart is None:
+            self._apart = new_group(backend="gloo")  # what a thread says must not get between the words of training
+        self.writer.do(lambda: self._write(folder, kept, mine))
+
+    def _write(self, folder: Path, rest: Any, mine: Any) -> None:
+        """Collective."""
         self._together(lambda: _make_anew(folder) if self.is_global_zero else None)
         name = shard_name(self.global_rank)
         sizes = dict(self._together(lambda: (name, save_flushed(mine, folder / name))))
@@ -80,7 +90,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         except OSError as error:
             told = error
         everyone: list[Any] = [None] * self.world_size
-        all_gather_object(everyone, told)
+        all_gather_object(everyone, told, group=self._apart)
         for rank, result in enumerate(everyone):
             if isinstance(result, OSError):
                 raise OSError(result.errno, f"rank {rank}: {result.strerror or result}", result.filename)

@@ -27,12 +27,14 @@ from datamodules.manifest import SKIPPED
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.beginning import Beginning
 from pretrain.checkpoint_files import LAST, CheckpointFiles
+from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, check_sizes, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
 from pretrain.cost import peak_rate
 from pretrain.errors import Interrupted, RunError, RunFailure
 from pretrain.fsdp import NAME as FSDP2
+from pretrain.fsdp import FSDP2Strategy
 from pretrain.guard import FiniteGuard
 from pretrain.health_watch import HealthWatch
 from pretrain.key_log import KeyLog
@@ -157,13 +159,14 @@ def _trainer(
     phases = PhaseTimer()
     guard = FiniteGuard(directory.checkpoints, stop)
     metrics = Metrics(directory.metrics, config.log_every, phases, guard, stop)
+    writer = CheckpointWriter(config.checkpoint_async)
     progress = Progress(metrics)
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
     probe = [] if config.probe is None else [ProbeWatch(metrics, ProbeConfig(**vars(config.probe)))]
     callbacks = [
         SameData(stop, flatten(plain(config))), guard, RankWatch(metrics), *probe, metrics, progress,
         HealthWatch(metrics, plain(config)), *([KeyLog(directory.samples, stop)] if config.log_keys else []),
-        Beginning(), Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard),
+        Beginning(), Checkpoints(directory.checkpoints, config.checkpoint_every, stop, guard, writer),
     ]  # fmt: skip
     own: dict[str, Any] = {
         "max_steps": config.trainer.max_steps,
@@ -179,7 +182,7 @@ def _trainer(
         "use_distributed_sampler": False,
         "default_root_dir": str(directory.path),
     }
-    own["plugins"] = [*_as_list(settings.plugins), CheckpointFiles()]
+    own["plugins"] = [*_as_list(settings.plugins), CheckpointFiles(writer)]
     if SLURMEnvironment.detect():
         # Lightning's own requeueing saves inside the signal handler; ours does where all ranks agree (`stop`).
         own["plugins"] += [SLURMEnvironment(auto_requeue=False)]
@@ -187,6 +190,8 @@ def _trainer(
         trainer = Trainer(**{**dict(settings), **own})
     except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError) as error:
         raise RunError(f"the trainer settings cannot work here: {error}") from error
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        trainer.strategy.writer = writer
     # Until training starts a signal ends the process at once, wherever it waits: nothing is lost by it, and the batch
     # script of a job sees it. Lightning's own handler would call a collective, for which the others may not be there.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

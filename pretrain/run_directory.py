@@ -23,8 +23,9 @@ from pretrain.run_lock import RunLock
 # because the manifest hash in the checkpoint still tells whether it is the same data; so may a vocabulary, all of which
 # is in the checkpoint.
 MAY_CHANGE = (
-    "output", "allow_changes", "checkpoint_every", "log_every", "log_keys", "start_timeout", "step_timeout", "wandb",
-    "probe", "data.train", "model.text.tokenizer", "data.workers", "data.device_batch_size", "data.bad_sample_budget",
+    "output", "allow_changes", "checkpoint_every", "checkpoint_async", "log_every", "log_keys", "start_timeout",
+    "step_timeout", "wandb", "probe", "data.train", "model.text.tokenizer", "data.workers", "data.device_batch_size",
+    "data.bad_sample_budget",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark",
     "model.compile_blocks", "model.activation_checkpointing",
 )  # fmt: skip

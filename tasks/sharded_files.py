@@ -48,20 +48,23 @@ class Pieces:
         return torch.cat(found) if found else torch.empty(0, *self.shape[1:], dtype=self.dtype)
 
 
-def split_off(checkpoint: Any) -> tuple[Any, dict[str, tuple[int, Tensor]]]:
-    """A checkpoint with a note in the place of each sharded tensor, and this rank's rows of those by name."""
+def split_off(checkpoint: Any, copy: bool = False) -> tuple[Any, dict[str, tuple[int, Tensor]]]:
+    """A checkpoint with a note in the place of each sharded tensor, and this rank's rows of those by name.
+
+    They are on the host: with `copy` never the memory of the model itself.
+    """
     mine: dict[str, tuple[int, Tensor]] = {}
 
     def note(tensor: Any, name: str) -> Any:
         if not isinstance(tensor, DTensor):
             return tensor
-        held, here = rows(tensor), local(tensor).detach().cpu()
+        held, here = rows(tensor), local(tensor).detach().to("cpu", copy=copy)
         if held is None:
             return here
         mine[name] = (held.start, here.clone() if here.untyped_storage().nbytes() > here.nbytes else here)
         return {NOTE: name, "shape": list(tensor.shape), "dtype": tensor.dtype}
 
-    return _mapped(checkpoint, note), mine
+    return mapped(checkpoint, note), mine
 
 
 def save_flushed(content: Any, path: Path) -> int:
@@ -136,21 +139,21 @@ def read_sharded(folder: Path) -> dict[str, Any]:
             return Pieces(tuple(value["shape"]), value["dtype"], parts.get(value[NOTE], []))
         return value
 
-    return _mapped(about["checkpoint"], find)  # type: ignore[no-any-return]
+    return mapped(about["checkpoint"], find)  # type: ignore[no-any-return]
 
 
 def whole(checkpoint: Any) -> Any:
     """A checkpoint from `read_sharded`, or a part of it, with whole tensors."""
-    return _mapped(checkpoint, lambda value, _: value[...] if isinstance(value, Pieces) else value)
+    return mapped(checkpoint, lambda value, _: value[...] if isinstance(value, Pieces) else value)
 
 
-def _mapped(tree: Any, change: Callable[[Any, str], Any], name: str = "") -> Any:
-    """Dicts, lists and tuples with every value changed that `change` changes; it is told the place of each."""
+def mapped(tree: Any, change: Callable[[Any, str], Any], name: str = "") -> Any:
+    """New dicts, lists and tuples with every value changed that `change` changes; it is told the place of each."""
     changed = change(tree, name)
     if changed is not tree:
         return changed
     if isinstance(tree, dict):
-        return {key: _mapped(value, change, f"{name}/{key}") for key, value in tree.items()}
+        return {key: mapped(value, change, f"{name}/{key}") for key, value in tree.items()}
     if isinstance(tree, list | tuple) and not hasattr(tree, "_fields"):
-        return type(tree)(_mapped(value, change, f"{name}/{i}") for i, value in enumerate(tree))
+        return type(tree)(mapped(value, change, f"{name}/{i}") for i, value in enumerate(tree))
     return tree

@@ -25,7 +25,23 @@ PRECISIONS = {"64-true": (1e-8, 1e-9), "32-true": (2e-4, 2e-3)}  # of losses (ni
 MICRO_BATCHES = {"64-true": (8, 4), "32-true": (4,)}  # of 8 images that a rank has of 16: 4 are accumulated
 FSDP2 = ["--trainer.strategy", "fsdp2"]
 RECOMPUTED = ["--model.activation_checkpointing", "true"]
-SHARDED = {"": [], "recomputed": RECOMPUTED, "bf16": ["--trainer.precision", "bf16-mixed"]}
+IN_THE_BACKGROUND = ["--checkpoint_async", "true"]
+SHARDED = {
+    "": [],
+    "recomputed": [*RECOMPUTED, *IN_THE_BACKGROUND],
+    "compiled": ["--model.compile_blocks", "true"],
+    "bf16": ["--trainer.precision", "bf16-mixed"],
+}
+# Traced as torch.compile does, without the minutes that generating code takes on a CPU; leaves a byte for each graph.
+BEFORE = """
+import pathlib, sys, torch
+compiling = torch.compile
+def traced(graph, inputs):
+    with pathlib.Path(sys.argv[2]).with_name("graphs").open("a") as file:
+        file.write(".")
+    return graph.forward
+torch.compile = lambda forward: compiling(forward, backend=traced, fullgraph=True)
+"""
 MOVES = {"one rank": None, "ddp": ["--trainer.strategy", "ddp"], "fsdp2": FSDP2}
 
 
@@ -73,7 +89,7 @@ def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             later.append((start, run, [*command(objective, drawn, run, "64-true", 8), *MOVES[strategy]]))  # type: ignore[misc]
         run = folder / f"{objective}-resumed"
         later.append((folder / f"{objective}-fsdp2-", run, [*command(objective, drawn, run, "64-true", 4), *FSDP2]))
-    pretrain_on_two_ranks(first, folder)
+    pretrain_on_two_ranks(first, folder, BEFORE)
     for start, run, _ in later:
         go_back(start, run)
     pretrain_on_two_ranks([command for _, _, command in later], folder)
@@ -118,7 +134,8 @@ def test_ddp(objective: str, precision: str, alone: Any, folder: Path, drawn: Pa
 def test_fsdp2(objective: str, alone: Any, folder: Path) -> None:
     """From the first weights on, which only the first rank has drawn; gradient norms and health, too."""
     want = alone(objective)
-    for name in ("", "recomputed"):
+    assert (folder / "graphs").is_file()
+    for name in ("", "recomputed", "compiled"):
         run = folder / f"{objective}-fsdp2-{name}"
         assert (run / "checkpoints/last.ckpt/shard_00001.pt").is_file()
         assert_same(run, want)
