@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -94,19 +95,20 @@ def in_turns(sides: Sequence[Step], rounds: int, warm_up: int = 1) -> list[list[
 
 def step_rows(name: str, setting: Any, ours: Callable[..., Step], baseline: Callable[[Any], Step], against: str,
               rounds: int) -> list[Row]:  # fmt: skip
-    """Images per CPU second of both sides, ours in bfloat16 too where the CPU multiplies it; and peak memory."""
+    """Images per CPU second and peak memory of both sides, ours in bfloat16 too where the CPU multiplies it."""
     half = {"bf16-mixed": {"autocast": torch.bfloat16}} if multiplies_bfloat16() else {}
     variants: dict[str, dict[str, Any]] = {"": {}, **half}
     sides = [*(ours(setting, **options) for options in variants.values()), baseline(setting)]
     *times, base = in_turns(sides, rounds)
     del sides
-    rows = []
-    for variant, seconds in zip(variants, times, strict=True):
+    rows, most = [], peak_memory(baseline, setting)
+    for (variant, options), seconds in zip(variants.items(), times, strict=True):
         told = f"{setting.name}; ours {variant}, baseline float32" if variant else setting.name
         rates = ([setting.batch / each for each in turns] for turns in (seconds, base))
         rows.append(compared(name, told, "images/s", *rates, against))
-    memory = [peak_memory(side, setting) for side in (ours, baseline)]
-    return [*rows, Row(name, f"{setting.name}; peak memory", "MiB", memory[0], memory[1], against)]
+        memory = peak_memory(partial(ours, **options), setting)
+        rows.append(Row(name, f"{told}; peak memory", "MiB", memory, most, against))
+    return rows
 
 
 def multiplies_bfloat16() -> bool:

@@ -6,7 +6,7 @@ is guessed: every operation is counted that a run does, of any encoder, and ever
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -42,23 +43,30 @@ class StepCost:
     flops: int  # FLOPs forward and backward, nothing computed twice
     weights: int  # parameters and buffers, a teacher's, too
     trained: int  # number of parameters that get gradients
-    gradients: int
+    gradients: int  # all of them: what travels between ranks
+    present: int  # of the gradients, at the moment when most memory is in use; none as long as the forward pass lasts
     optimizer: int
-    activations: int  # the most that all other tensors take at once: inputs, kept for the way back, passing
+    activations: int  # what all other tensors take at that moment: inputs, kept for the way back, passing
 
     @property
     def memory(self) -> int:
         """Bytes at the worst moment, before an allocator's losses."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.present + self.optimizer + self.activations
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that operations have made and that are still held, and the most there ever were."""
+    """Bytes of the storages that operations have made and that are still held, and the most there ever were.
 
-    def __init__(self) -> None:
+    `present`: how many of the most were those of gradients.
+    """
+
+    def __init__(self, trained: Iterable[Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.now = self.most = self.present = self._gradients = 0
         self._known: set[int] = set()
+        self._of_gradients: set[int] = set()
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._is_gradient)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -74,12 +82,21 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key not in self._known:
             self._known.add(key)
             self.now += size
-            self.most = max(self.most, self.now)
+            if self.now > self.most:
+                self.most, self.present = self.now, self._gradients
             weakref.finalize(storage, self._gone, key, size)
+
+    def _is_gradient(self, parameter: Parameter) -> None:
+        if parameter.grad is not None and (key := parameter.grad.untyped_storage()._cdata) not in self._of_gradients:
+            self._of_gradients.add(key)
+            self._gradients += _bytes(parameter.grad)
 
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+        if key in self._of_gradients:
+            self._of_gradients.discard(key)
+            self._gradients -= size
 
 
 def step_cost(cli: PretrainCLI, config: Namespace, images: int) -> StepCost:
@@ -97,18 +114,18 @@ def step_cost(cli: PretrainCLI, config: Namespace, images: int) -> StepCost:
         batch = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
         batch = {k: v.to(dtype) if k in data.recipe.views else v for k, v in batch.items()}
         optimizer = task.configure_optimizers()
-        live, counter = LiveBytes(), FlopCounterMode(display=False)
+        trained = [p for p in task.parameters() if p.requires_grad]
+        live, counter = LiveBytes(trained), FlopCounterMode(display=False)
         for tensor in (*task.parameters(), *task.buffers(), *(t for t in tree_leaves(batch) if isinstance(t, Tensor))):
             live.add(tensor)
         with live:
             forward = take_step(task, batch, optimizer, AUTOCAST.get(precision), counter)
             take_step(task, batch, optimizer, AUTOCAST.get(precision), None)  # with gradients and moments
-        trained = [p for p in task.parameters() if p.requires_grad]
         weights = sum(_bytes(t) for t in (*task.parameters(), *task.buffers()))
         gradients, moments = sum(_bytes(p) for p in trained), sum(map(_bytes, _moments(optimizer)))
         return StepCost(
-            images, forward, counter.get_total_flops(), weights, sum(p.numel() for p in trained), gradients, moments,
-            live.most - weights - gradients - moments,
+            images, forward, counter.get_total_flops(), weights, sum(p.numel() for p in trained), gradients,
+            live.present, moments, live.most - weights - live.present - moments,
         )  # fmt: skip
 
 
@@ -125,15 +142,15 @@ def take_step(
     task: PretrainTask, batch: dict[str, Any], optimizer: Optimizer, dtype: torch.dtype | None,
     counter: FlopCounterMode | None,
 ) -> int:  # fmt: skip
-    """One optimiser step in Lightning's order; FLOPs of its forward pass."""
+    """One optimiser step in the order of a run; FLOPs of its forward pass."""
     with counter or contextlib.nullcontext():
         with torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext():
             loss = task.training_step(dict(batch), 0)["loss"]
         forward = counter.get_total_flops() if counter else 0
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
     del loss
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return forward
 
 

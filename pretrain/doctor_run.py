@@ -17,7 +17,7 @@ ENOUGH = 0.9
 def memory(cost: StepCost, other: StepCost, gpu: GPU | None, world_size: int) -> Iterator[Finding]:
     """What a device must hold; `other` is the cost of another number of images, for the largest that fits."""
     parts = {
-        "weights": cost.weights, "gradients": cost.gradients, "optimiser": cost.optimizer,
+        "weights": cost.weights, "gradients": cost.present, "optimiser": cost.optimizer,
         "activations": cost.activations,
     }  # fmt: skip
     if world_size > 1:

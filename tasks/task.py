@@ -176,13 +176,15 @@ class PretrainTask(pl.LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Sets the learning rate of this optimiser step, then takes it."""
+        """Sets the learning rate of this optimiser step, takes it, and frees the gradients."""
         data = self._data
         self.lr_now = self.learning_rate(
             self.trainer.global_step, self.trainer.max_steps, data.steps_per_epoch, data.global_batch_size
         )
         set_learning_rate(optimizer, self.lr_now)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Lightning would keep them through the next forward pass, at the end of which memory peaks.
+        optimizer.zero_grad(set_to_none=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Says in the checkpoint what it holds, so that it can be read without the run's config."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.layers import LayerScale
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tasks.encoder_config import EncoderConfig
 from tasks.positions import rotate
@@ -27,7 +28,7 @@ class ViTBlock(Block):  # type: ignore[misc]
         if queries is not None:
             x = last(x, queries)
         x = x + self.drop_path1(self.ls1(self._attend(normed, rope, queries)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[no-any-return]
+        return x + self.drop_path2(self.ls2(self._mlp(self.norm2(x))))  # type: ignore[no-any-return]
 
     def _attend(self, x: Tensor, rope: Rope | None, queries: int | None) -> Tensor:
         attn, (b, t, d) = self.attn, x.shape
@@ -44,6 +45,16 @@ class ViTBlock(Block):  # type: ignore[misc]
             q, k = rotate(q, *rope), rotate(k, *rope)
         out = attend(q, k, v)
         return attn.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        """A quarter of what a block would keep for the way back is what the activation gave: it is made again there."""
+        hidden = self.mlp.fc1(x)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiled block does so by itself
+            return self._answer(hidden)
+        return checkpoint(self._answer, hidden, use_reentrant=False, preserve_rng_state=False)
+
+    def _answer(self, hidden: Tensor) -> Tensor:
+        return self.mlp.fc2(self.mlp.act(hidden))  # type: ignore[no-any-return]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

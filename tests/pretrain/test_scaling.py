@@ -4,7 +4,7 @@ from pretrain.cost import StepCost
 from pretrain.hardware import GPU
 from pretrain.scaling import Cluster, largest_batch, step_time
 
-COST = StepCost(images=10, forward=10 * 10**9, flops=30 * 10**9, weights=0, trained=0, gradients=10**9, optimizer=0,
+COST = StepCost(images=10, forward=10 * 10**9, flops=30 * 10**9, weights=0, trained=0, gradients=10**9, present=0, optimizer=0,
                 activations=0)  # fmt: skip
 GPU_OF_100 = GPU(tflops=100, memory=80, link=400)
 
@@ -29,7 +29,7 @@ def test_the_slowest_link_decides_and_hides_behind_the_backward_pass() -> None:
 
 def test_largest_batch_lies_on_the_line_through_two() -> None:
     def holding(images: int) -> StepCost:
-        return StepCost(images, 1, 1, 1000, 1, 0, 0, activations=7 * images)
+        return StepCost(images, 1, 1, 1000, 1, 0, 0, 0, activations=7 * images)
 
     assert largest_batch(holding(4), holding(8), room=1000 + 7 * 100) == 100
     assert largest_batch(holding(4), holding(8), room=1000 + 7 * 100 - 1) == 99

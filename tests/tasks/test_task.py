@@ -51,6 +51,10 @@ class Watch(pl.Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
         self.said.append(task.lr_now)
 
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            assert all(parameter.grad is None for parameter in task.parameters())  # memory would peak with them
+
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
         self.losses.append(outputs["loss"].item())
         trainer.should_stop |= trainer.global_step == self.stop_at

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
+from torch.utils.flop_counter import FlopCounterMode
 
 from tasks.vit import ViTBlock, attend, last, patch_rows
 
@@ -20,6 +21,32 @@ def test_block_is_timms(options):
     ours, theirs = twins(**options)
     x = torch.randn(2, 7, 16).double()
     torch.testing.assert_close(ours(x), theirs(x))
+    x = torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    gradients = (torch.autograd.grad(block(x).sin().sum(), [*block.parameters(), x]) for block in (ours, theirs))
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_a_block_keeps_a_quarter_less_for_the_way_back_and_multiplies_no_more():
+    ours, theirs = twins()
+    x = torch.randn(4, 65, 16, dtype=torch.float64, requires_grad=True)
+    kept, flops = [], []
+    for block in (ours, theirs):
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                y = block(x)
+            y.sum().backward()
+        weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+        kept.append(sum(size for place, size in storages.items() if place not in weights))
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
+    assert kept[0] < 0.8 * kept[1]
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
