@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from datamodules.errors import DataError
 from pretrain.checkpoint_files import LAST, PART, load_pieces, put_in_place, remove
 from pretrain.checkpoint_writer import CheckpointWriter
-from pretrain.errors import AgreedFailure, RunError, RunFailure
+from pretrain.errors import AgreedFailure, RunError, RunFailure, remedy
 from pretrain.guard import FiniteGuard
 from pretrain.stop import StopRequest
 
@@ -114,7 +114,7 @@ class Checkpoints(Callback):
         kept = f"the checkpoint of step {self._whole_step} is whole" if self.last.exists() else "there is no other"
         self.stop.fail(RunFailure(
             f"could not write a checkpoint to {self.directory} ({error.strerror or error}); {kept}. "
-            "Make room and run the same command again"
+            f"{remedy(error)} and run the same command again"
         ))  # fmt: skip
 
     def _save_aside(self, trainer: Trainer, aside: Path) -> None:

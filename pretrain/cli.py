@@ -55,6 +55,8 @@ def user_message(error: Exception) -> str | None:
         return f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again"
     if isinstance(error, PermissionError):
         return f"permission denied: {error.filename}"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{error.filename} lies on a disk that can only be read: name another --output"
     return None
 
 

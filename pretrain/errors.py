@@ -1,5 +1,6 @@
 """What a user can cause in this room; the `trivit` command prints the message as one line and exits with its code."""
 
+import errno
 import signal
 
 
@@ -41,3 +42,8 @@ class Interrupted(RunError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_code = 130 if signum == signal.SIGINT else 99
+
+
+def remedy(error: OSError) -> str:
+    """What to do, in two words, about a file that could not be written."""
+    return "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Mend that"

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from evaluation.run_files import read_rows
 from pretrain.cut_back import cut_back
-from pretrain.errors import RunFailure
+from pretrain.errors import RunFailure, remedy
 from pretrain.guard import FiniteGuard
 from pretrain.phases import PhaseTimer
 from pretrain.stop import StopRequest
@@ -135,7 +135,7 @@ class Metrics(Callback):
             yield
         except OSError as error:
             self.stop.fail(RunFailure(
-                f"cannot write {self.path} ({error.strerror or error}). Make room and run the same command again"
+                f"cannot write {self.path} ({error.strerror or error}). {remedy(error)} and run the same command again"
             ))  # fmt: skip
 
     def _over_ranks(self, trainer: Trainer) -> dict[str, Tensor]:

@@ -64,7 +64,17 @@ class RunDirectory:
             raise RunError(
                 f"--output {self.path}: this folder cannot be made ({error.strerror}); name another one"
             ) from error
+        self._check_writable()
         self._lock.take()
+
+    def _check_writable(self) -> None:
+        """RunError now, and not after hours, when something that the run goes on writing cannot be written."""
+        for path in (self.path, self.checkpoints, self.metrics, self.samples):
+            if path.exists() and not os.access(path, os.W_OK):
+                raise RunError(
+                    f"--output {self.path}: {path} cannot be written by this user, or lies on a disk that can only be "
+                    "read; name another folder, or make it writable"
+                )
 
     def _holds_a_run(self) -> bool:
         """Whether config.yaml is one of ours, or so damaged that it may have been."""
