@@ -110,6 +110,7 @@ ENCODERS = {
     "rotary": replace(CONFIG, positions="rope", registers=0),
     "timm": EncoderConfig(arch="timm:test_vit", image_size=64),
     "registers": EncoderConfig(arch="timm:vit_small_patch14_reg4_dinov2", image_size=56),
+    "DINOv3": EncoderConfig(arch="timm:vit_tiny_patch16_dinov3_qkvb", image_size=64),
     "distillation token": EncoderConfig(arch="timm:deit_tiny_distilled_patch16_224", image_size=64),
 }
 
@@ -124,7 +125,13 @@ def test_any_vision_transformer_and_the_same_again(name: str) -> None:
     distance, entropy = attention_distance(encoder, images), attention_entropy(encoder, images)
     rollout = attention_rollout(encoder, images)
     tokens = encoder.num_prefix + encoder.num_patches
-    assert encoder.num_prefix == {"no class token": 0, "ours": 3, "distillation token": 2, "registers": 5}.get(name, 1)
+    assert encoder.num_prefix == {
+        "no class token": 0,
+        "ours": 3,
+        "distillation token": 2,
+        "registers": 5,
+        "DINOv3": 5,
+    }.get(name, 1)
     assert distance.values.shape == entropy.values.shape == (layers, heads)
     assert entropy.even == pytest.approx(math.log(tokens))
     assert (entropy.values <= entropy.even + 1e-6).all() and (entropy.values > 0).all()

@@ -54,6 +54,35 @@ def test_the_weights_rebuild_each_blocks_output(config: EncoderConfig) -> None:
         torch.testing.assert_close(block_attention(block, x, *rope, queries=1), each[:, :, :1])
 
 
+OTHERS = {
+    "EVA-02: three projections, rotary": ("eva02_tiny_patch14_224", 56, 1),
+    "DINOv3: registers, rotary": ("vit_small_patch16_dinov3", 64, 5),
+    "DINOv3 with biases": ("vit_tiny_patch16_dinov3_qkvb", 64, 5),
+    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", 64, 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_weights_are_those_that_timm_forms_without_its_fused_attention(name: str) -> None:
+    arch, size, prefix = OTHERS[name]
+    encoder = Encoder(EncoderConfig(arch=f"timm:{arch}", image_size=size)).eval().double()
+    draw = torch.Generator().manual_seed(0)
+    for key, value in encoder.named_parameters():
+        if any(part in key for part in ("qkv", "q_proj", "k_proj", "q_bias", "q_norm", "k_norm")):
+            torch.nn.init.normal_(value, std=0.3, generator=draw)
+    images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=draw)
+    weights, seen = attention_weights(encoder, images), []
+    hooks = []
+    for block in encoder.blocks:
+        block.attn.fused_attn = False
+        hooks.append(block.attn.attn_drop.register_forward_hook(lambda _, inputs, out: seen.append(out)))
+    encoder(images)
+    assert encoder.num_prefix == prefix and len(weights) == len(encoder.blocks) == len(seen)
+    for ours, theirs in zip(weights, seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+        assert ours.max() > 3 / ours.shape[-1]  # far from even, or the test could not fail
+
+
 def test_a_few_queries_are_the_first_rows() -> None:
     encoder, images = built(SMALL), torch.randn(3, 3, 40, 48, dtype=torch.float64)
     whole, one = attention_weights(encoder, images), attention_weights(encoder, images, queries=1)
@@ -64,7 +93,14 @@ def test_a_few_queries_are_the_first_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["test_convnext", "test_vit_relpos", "xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224"]
+    "name",
+    [
+        "test_convnext",
+        "test_vit_relpos",
+        "xcit_nano_12_p16_224",
+        "swin_tiny_patch4_window7_224",
+        "vit_small_patch16_rope_mixed_224",
+    ],
 )
 def test_other_families_are_refused(name: str) -> None:
     size = 224 if "224" in name else 64
