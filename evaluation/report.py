@@ -15,6 +15,7 @@ from evaluation.errors import EvaluationError
 from evaluation.health_words import NUMBERS, loss_words, meaning_for
 from evaluation.probe_lines import probe_rows
 from evaluation.ranks import one_decimal
+from evaluation.report_compare import run_comparisons
 from evaluation.report_inside import inside_sections
 from evaluation.report_pictures import neighbour_section, reconstruction_section, retrieval_section
 from evaluation.report_tables import bad_counts, differences, facts, outdated, protocols, score_table, test_set
@@ -87,6 +88,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         runs=runs,
         verdicts=[(run, judge(run), outdated(run), facts(run)) for run in runs],
         scores=score_table(runs),
+        compared=run_comparisons(runs),
         further=[(run, lines) for run in runs if (lines := probe_rows(run.results))],
         attributes=[(run, rows, attribute_sentences(rows)) for run in runs if (rows := attribute_rows(run.results))],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
