@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import bytes_only, clip_step, dino_step, loader, mae_step, overhead, probes, ranks, scale
+from benchmarks import bytes_only, checkpoint, clip_step, dino_step, loader, mae_step, overhead, probes, ranks, scale
 from benchmarks.table import show, write
 
 
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/latest.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    parts = (overhead, mae_step, clip_step, dino_step, loader, bytes_only, scale, probes, ranks)
+    parts = (overhead, mae_step, clip_step, dino_step, loader, bytes_only, scale, probes, ranks, checkpoint)
     rows = []
     for part in tqdm(parts, desc="bench", unit="part", disable=None):
         rows += (found := part.measure())
