@@ -20,7 +20,7 @@ import aiohttp
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-SECONDS = 60
+SECONDS = 120
 NO_NETWORK = ("--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9", "--disable-background-networking")
 
 LOOK = (Path(__file__).parent / "look.js").read_text()
@@ -132,9 +132,7 @@ async def _tab(program: str) -> AsyncIterator[_Session]:
         try:
             async with aiohttp.ClientSession() as client:
                 port = await _port(Path(profile) / "DevToolsActivePort", process)
-                async with client.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                    (tab,) = [each for each in json.loads(await answer.text()) if each["type"] == "page"]
-                async with client.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                async with client.ws_connect(await _place(client, port), max_msg_size=0) as socket:
                     yield _Session(socket)
         finally:
             process.terminate()
@@ -146,6 +144,15 @@ async def _port(told: Path, process: subprocess.Popen[bytes]) -> str:
         assert process.poll() is None, f"chromium ended with {process.returncode}"
         await asyncio.sleep(0.05)
     return told.read_text().split("\n")[0]
+
+
+async def _place(client: aiohttp.ClientSession, port: str) -> str:
+    while True:
+        async with client.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            for each in json.loads(await answer.text()):
+                if each["type"] == "page":
+                    return str(each["webSocketDebuggerUrl"])
+        await asyncio.sleep(0.05)
 
 
 def _requests(events: Sequence[dict[str, Any]], path: Path) -> list[str]:

@@ -144,6 +144,7 @@ def test_probes_on_features_and_their_settings_on_the_command_line(
     assert "--set ks=a: it takes several of int" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_probes_on_images_on_the_command_line(
     cache: Path, encoder_file: Path, tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
