@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from evaluation.run_files import read_rows
 from pretrain.cut_back import cut_back
 from pretrain.errors import RunFailure, remedy
+from pretrain.fsdp_clock import time_communication
 from pretrain.guard import FiniteGuard
-from pretrain.phases import PhaseTimer
+from pretrain.phases import COMMUNICATION, PhaseTimer
 from pretrain.stop import StopRequest
 from tasks.clip_loss import at_least_float32
 
@@ -51,11 +52,13 @@ class Metrics(Callback):
         self._clock_step = 0  # the step at which `_since` was read
         self._since = 0.0
         self._columns: list[str] = []
+        self._sharded = False  # and its communication timed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut the file back to the step that training goes on from."""
         self._clock_step = trainer.global_step
         self._since = time.perf_counter()
+        self._sharded = time_communication(pl_module, self.phases, trainer.strategy.root_device)
         self.phases.begin(trainer.strategy.root_device)
         if trainer.is_global_zero:
             with self._failures_told():
@@ -113,10 +116,11 @@ class Metrics(Callback):
     def _shares(self, trainer: Trainer) -> dict[str, float]:
         """Share of the time since the last row that each phase took; together they are 1."""
         seconds: dict[str, float] = {str(phase): each for phase, each in self.phases.take().items()}
-        waiting = exposed_communication(trainer.strategy.model)
-        if waiting is not None:
-            seconds["communication"] = waiting * seconds["backward"]
-            seconds["backward"] -= seconds["communication"]
+        if (waiting := exposed_communication(trainer.strategy.model)) is not None:
+            seconds[COMMUNICATION] = waiting * seconds["backward"]
+            seconds["backward"] -= seconds[COMMUNICATION]
+        elif not self._sharded:
+            del seconds[COMMUNICATION]
         whole = sum(seconds.values()) or 1.0
         return {f"time/{phase}": each / whole for phase, each in seconds.items()}
 

@@ -12,12 +12,14 @@ from typing import Literal, Protocol, get_args
 import torch
 from lightning.pytorch.profilers import Profiler
 
-Phase = Literal["data", "transfer", "forward", "backward", "optimizer", "checkpoint", "logging"]
+Phase = Literal["data", "transfer", "forward", "backward", "communication", "optimizer", "checkpoint", "logging"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+COMMUNICATION: Phase = "communication"  # which Lightning knows nothing of: of a sharded model, see `fsdp_clock`
 _ACTIONS: dict[str, Phase] = {
     "[_TrainingEpochLoop].train_dataloader_next": "data",
     "run_training_batch": "optimizer",  # besides the two below, which are within
     "save_checkpoint": "checkpoint",
+    COMMUNICATION: COMMUNICATION,
 }
 _HOOKS: dict[str, Phase] = {
     "on_before_batch_transfer": "transfer",

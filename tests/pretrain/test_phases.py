@@ -40,15 +40,18 @@ def test_every_second_belongs_to_one_phase(clock: Ticking) -> None:
     with timer.profile("run_training_batch"), timer.profile("[LightningModule]MAETask.optimizer_step"):
         with timer.profile("[Strategy]DDPStrategy.training_step"):
             clock.now += 7
-        with timer.profile("[Strategy]DDPStrategy.backward"):
+        with timer.profile("[Strategy]FSDP2Strategy.backward"):
             clock.now += 14
+            with timer.profile("communication"):
+                clock.now += 8
         clock.now += 4
     with timer.profile("[Callback]Checkpoints.on_train_batch_end"):
         clock.now += 1
         with timer.profile("save_checkpoint"):
             clock.now += 6
     assert timer.take() == {
-        "data": 3, "transfer": 3, "forward": 7, "backward": 14, "optimizer": 4, "checkpoint": 6, "logging": 6,
+        "data": 3, "transfer": 3, "forward": 7, "backward": 14, "communication": 8, "optimizer": 4, "checkpoint": 6,
+        "logging": 6,
     }  # fmt: skip
     assert timer.take() == dict.fromkeys(PHASES, 0)
 

@@ -33,15 +33,25 @@ SHARDED = {
     "bf16": ["--trainer.precision", "bf16-mixed"],
 }
 # Traced as torch.compile does, without the minutes that generating code takes on a CPU; leaves a byte for each graph.
+# And each rank writes down where it has built its models.
 BEFORE = """
-import pathlib, sys, torch
-compiling = torch.compile
+import os, pathlib, sys, torch
+import pretrain.run
+compiling, build = torch.compile, pretrain.run.instantiate
+def noted(cli, config):
+    parts = build(cli, config)
+    devices = {parameter.device.type for parameter in parts.model.parameters()}
+    with pathlib.Path(sys.argv[2]).with_name("built" + os.environ["RANK"]).open("a") as file:
+        print(config.trainer.strategy, *devices, file=file)
+    return parts
+pretrain.run.instantiate = noted
 def traced(graph, inputs):
     with pathlib.Path(sys.argv[2]).with_name("graphs").open("a") as file:
         file.write(".")
     return graph.forward
 torch.compile = lambda forward: compiling(forward, backend=traced, fullgraph=True)
 """
+THIRDS = ["--data.global_batch_size", 18, "--data.device_batch_size", 18]
 MOVES = {"one rank": None, "ddp": ["--trainer.strategy", "ddp"], "fsdp2": FSDP2}
 
 
@@ -89,11 +99,18 @@ def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             later.append((start, run, [*command(objective, drawn, run, "64-true", 8), *MOVES[strategy]]))  # type: ignore[misc]
         run = folder / f"{objective}-resumed"
         later.append((folder / f"{objective}-fsdp2-", run, [*command(objective, drawn, run, "64-true", 4), *FSDP2]))
+    dino = [*command("dino", drawn, folder / "dino-eighteen", "64-true", 9), *FSDP2, *THIRDS]
+    first += [dino, [*from_another(drawn, folder, folder / "dino-started"), *FSDP2]]
     pretrain_on_two_ranks(first, folder, BEFORE)
     for start, run, _ in later:
         go_back(start, run)
     pretrain_on_two_ranks([command for _, _, command in later], folder)
     return folder
+
+
+def from_another(data: Path, folder: Path, run: Path) -> list[object]:
+    """A DINO that starts from the encoder of the finished one in `folder`."""
+    return [*command("dino", data, run, "64-true", 8), "--model.init_encoder", folder / "dino-ddp-64-true-8"]
 
 
 def go_back(run: Path, copy: Path) -> Path:
@@ -135,9 +152,16 @@ def test_fsdp2(objective: str, alone: Any, folder: Path) -> None:
     """From the first weights on, which only the first rank has drawn; gradient norms and health, too."""
     want = alone(objective)
     assert (folder / "graphs").is_file()
+    built = [set((folder / f"built{rank}").read_text().splitlines()) for rank in (0, 1)]
+    assert built == [{"ddp cpu", "fsdp2 cpu"}, {"ddp cpu", "fsdp2 meta"}], (
+        "one rank alone builds in full what is shared"
+    )
     for name in ("", "recomputed", "compiled"):
         run = folder / f"{objective}-fsdp2-{name}"
         assert (run / "checkpoints/last.ckpt/shard_00001.pt").is_file()
+        metrics = read_metrics(run / "metrics.csv")
+        shares = [column for column_name, column in metrics.items() if column_name.startswith("time/")]
+        assert all(0 < share < 1 for share in metrics["time/communication"]) and sum(shares) == pytest.approx(1)
         assert_same(run, want)
     columns = {"mae": ["grad_norm"], "dino": ["grad_norm", "center_norm", "kl"], "clip": ["grad_norm", "logit_scale"]}
     for name in columns[objective]:
@@ -170,6 +194,28 @@ def test_a_run_may_be_moved_between_strategies_and_ranks(
     ):
         assert_same(run, alone(objective))
     assert losses(folder / f"{objective}-resumed") == losses(folder / f"{objective}-fsdp2-")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_starts_from_the_encoder_of_another(folder: Path, drawn: Path, tmp_path: Path) -> None:
+    """Which the second rank, whose model has no numbers at first, never reads."""
+    run = tmp_path / "run"
+    assert pretrain(*from_another(drawn, folder, run)) == 0
+    assert_same(folder / "dino-started", run)
+    assert losses(run)[1] != pytest.approx(losses(folder / "dino-ddp-64-true-8")[1]), "it has not begun from nothing"
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_where_two_were(folder: Path, drawn: Path, tmp_path: Path) -> None:
+    """Some rows of weights cannot be cut into three equal parts."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    later = [*command("dino", drawn, run, "64-true", 6), *FSDP2, *THIRDS]
+    go_back(folder / "dino-eighteen", run)
+    pretrain_on_two_ranks([later], tmp_path, ranks=3)
+    assert (run / "checkpoints/last.ckpt/shard_00002.pt").is_file()
+    assert pretrain(*command("dino", drawn, whole, "64-true", 18), *THIRDS) == 0
+    for other in (folder / "dino-eighteen", run):
+        assert_same(other, whole)
 
 
 @pytest.mark.slow
