@@ -26,6 +26,7 @@ from datamodules.recipes import Recipe
 from datamodules.shard_datamodule import Layout, ShardDataModule
 from pretrain.config import PretrainCLI, instantiate
 from pretrain.hardware import gpu_here
+from tasks.blocks import recompute
 from tasks.task import PretrainTask
 
 FEW = 4
@@ -36,17 +37,24 @@ WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": tor
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of a micro-batch on one device, without sharding. Bytes; FLOPs are two for a multiply-accumulate."""
+    """Of a micro-batch on one device, without sharding. Bytes; FLOPs are two for a multiply-accumulate.
+
+    The last three are of `fsdp2`, where gradients are small and the worst moment may be another one: activations then,
+    what of the model a rank holds in full besides its shard, and what it gathers in a step.
+    """
 
     images: int
     forward: int  # FLOPs, the teacher's among them
-    flops: int  # FLOPs forward and backward, nothing computed twice
+    flops: int  # FLOPs forward and backward, nothing that is computed twice on purpose
     weights: int  # parameters and buffers, a teacher's, too
     trained: int  # number of parameters that get gradients
     gradients: int  # all of them: what travels between ranks
     present: int  # of the gradients, at the moment when most memory is in use; none as long as the forward pass lasts
     optimizer: int
     activations: int  # what all other tensors take at that moment: inputs, kept for the way back, passing
+    apart: int = 0
+    in_full: int = 0
+    gathered: int = 0
 
     @property
     def memory(self) -> int:
@@ -57,12 +65,12 @@ class StepCost:
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that operations have made and that are still held, and the most there ever were.
 
-    `present`: how many of the most were those of gradients.
+    `present`: how many of the most were those of gradients; `apart`: the most there ever were besides gradients.
     """
 
     def __init__(self, trained: Iterable[Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = self.present = self._gradients = 0
+        self.now = self.most = self.present = self.apart = self._gradients = 0
         self._known: set[int] = set()
         self._of_gradients: set[int] = set()
         for parameter in trained:
@@ -84,6 +92,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.now += size
             if self.now > self.most:
                 self.most, self.present = self.now, self._gradients
+            self.apart = max(self.apart, self.now - self._gradients)
             weakref.finalize(storage, self._gone, key, size)
 
     def _is_gradient(self, parameter: Parameter) -> None:
@@ -120,12 +129,17 @@ def step_cost(cli: PretrainCLI, config: Namespace, images: int) -> StepCost:
             live.add(tensor)
         with live:
             forward = take_step(task, batch, optimizer, AUTOCAST.get(precision), counter)
+            if task.activation_checkpointing:
+                recompute(task.blocks)
+                live.most, live.present, live.apart = live.now, 0, live.now
             take_step(task, batch, optimizer, AUTOCAST.get(precision), None)  # with gradients and moments
         weights = sum(_bytes(t) for t in (*task.parameters(), *task.buffers()))
         gradients, moments = sum(_bytes(p) for p in trained), sum(map(_bytes, _moments(optimizer)))
+        apart = live.apart - weights - moments
         return StepCost(
             images, forward, counter.get_total_flops(), weights, sum(p.numel() for p in trained), gradients,
-            live.present, moments, live.most - weights - live.present - moments,
+            live.present, moments, live.most - weights - live.present - moments, apart,
+            *_shared_out(task, AUTOCAST.get(precision), apart),
         )  # fmt: skip
 
 
@@ -175,6 +189,33 @@ def blank_batch(task: PretrainTask, recipe: Recipe, channels: int, images: int) 
     if task.tokenize is not None and recipe.captions is not None:
         batch["text"] = task.tokenize(["a photo of a dog " * 200]).expand(images, -1)
     return batch
+
+
+def _shared_out(task: PretrainTask, low: torch.dtype | None, activations: int) -> tuple[int, int]:
+    """What `tasks.sharding.shard` makes of the model: bytes in full at the worst moment, and gathered in a step.
+
+    While there are activations, it is what belongs to no block or head, and the largest of these with its gradients and
+    the one before it, fetched ahead (or its gradients once more, as they are sent, when it is freed). When there are
+    none left, what belongs to none has its gradients, and once more as they are sent.
+    """
+    sizes: list[tuple[int, int, int]] = []  # as gathered, of that trained, gradients as they are sent
+    inside: set[int] = set()
+    for units, dtype in ((task.blocks, low), (task.heads, None)):
+        for unit in units:
+            parameters = [p for p in unit.parameters() if id(p) not in inside]
+            inside |= {id(p) for p in parameters}
+            trained = [p for p in parameters if p.requires_grad]
+            size = dtype.itemsize if dtype is not None else None
+            sizes.append((
+                sum(p.numel() * (size or p.element_size()) for p in parameters),
+                sum(p.numel() * (size or p.element_size()) for p in trained), sum(map(_bytes, trained)),
+            ))  # fmt: skip
+    rest = [p for p in task.model.parameters() if id(p) not in inside]
+    outside, learned = sum(map(_bytes, rest)), sum(_bytes(p) for p in rest if p.requires_grad)
+    worst = max((gathered + trained + max(gathered, sent) for gathered, trained, sent in sizes), default=0)
+    return outside + max(worst, 2 * learned - activations), outside + sum(
+        gathered + trained for gathered, trained, _ in sizes
+    )
 
 
 def _moments(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from pretrain.doctor_data import reading_rate, training_set
 from pretrain.doctor_machine import machine
 from pretrain.errors import RunError
 from pretrain.findings import Finding
+from pretrain.fsdp import NAME as FSDP2
 from pretrain.hardware import GPU, gpu_called, gpu_here
 from pretrain.scaling import Cluster, step_time
 from tasks.errors import TaskError
@@ -112,13 +113,14 @@ class _Run:
         images = self.layout.micro_batch
         cost = step_cost(self.cli, self.config, images)
         other = step_cost(self.cli, self.config, images // 2 if images > 2 else 2 * images)
-        yield from doctor_run.memory(cost, other, self.gpu, self.world_size)
+        sharded = self.config.trainer.strategy == FSDP2
+        yield from doctor_run.memory(cost, other, self.gpu, self.world_size, sharded)
         yield doctor_run.work(cost)
         if self.gpu is None:
             yield Finding("note", "no GPU here that is known, and none named by --gpu: time is not estimated")
             return
         arguments = self.arguments
         cluster = Cluster(self.gpu, arguments.nodes, self.gpus, arguments.network / 8, arguments.mfu)
-        each = step_time(cost, cluster, self.layout.rank_batch)
-        yield from doctor_run.speed(each, self.layout, cluster, self.steps, self.rate)
+        each = step_time(cost, cluster, self.layout.rank_batch, sharded)
+        yield from doctor_run.speed(each, self.layout, cluster, self.steps, self.rate, sharded)
         yield from doctor_run.precision(str(self.config.trainer.precision or "32-true"), self.gpu)

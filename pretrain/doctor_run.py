@@ -14,13 +14,23 @@ ENOUGH = 0.9
 """Efficiency below which a remedy is told."""
 
 
-def memory(cost: StepCost, other: StepCost, gpu: GPU | None, world_size: int) -> Iterator[Finding]:
-    """What a device must hold; `other` is the cost of another number of images, for the largest that fits."""
+def memory(
+    cost: StepCost, other: StepCost, gpu: GPU | None, world_size: int, sharded: bool = False
+) -> Iterator[Finding]:  # fmt: skip
+    """What a device must hold; `other` is the cost of another number of images, for the largest that fits.
+
+    `sharded`: under fsdp2 (`pretrain.cost` says what is held in full); otherwise under DDP where there are several.
+    """
+    ranks, gradients, activations = 1, cost.present, cost.activations
+    if sharded:
+        ranks, gradients, activations = world_size, cost.gradients, cost.apart
     parts = {
-        "weights": cost.weights, "gradients": cost.present, "optimiser": cost.optimizer,
-        "activations": cost.activations,
+        "weights": -(-cost.weights // ranks), "gradients": -(-gradients // ranks),
+        "optimiser": -(-cost.optimizer // ranks), "activations": activations,
     }  # fmt: skip
-    if world_size > 1:
+    if sharded:
+        parts["blocks gathered in full"] = cost.in_full
+    elif world_size > 1:
         parts["DDP's buckets"] = cost.gradients
     total = sum(parts.values())
     told = f"with {cost.images:,} images at once: " + ", ".join(f"{name} {size(part)}" for name, part in parts.items())
@@ -31,7 +41,9 @@ def memory(cost: StepCost, other: StepCost, gpu: GPU | None, world_size: int) ->
     small, large = sorted((cost, other), key=lambda each: each.images)
     most = largest_batch(small, large, room - (total - cost.memory))
     if total > room:
-        remedy = f"--data.device_batch_size {most} or less" if most else "not even one image fits, shard the model"
+        more = "a larger GPU, or more of them" if sharded else "--trainer.strategy fsdp2 on several GPUs"
+        none = f"not even one image fits: {more}, and --model.activation_checkpointing true"
+        remedy = f"--data.device_batch_size {most} or less" if most else none
         yield Finding("wrong", f"{size(total)} of {gpu.memory:.1f} GiB {told}. It does not fit: {remedy}")
         return
     yield Finding("ok", f"{size(total)} of {gpu.memory:.1f} GiB {told}")
@@ -47,7 +59,9 @@ def work(cost: StepCost) -> Finding:
     )
 
 
-def speed(each: StepTime, layout: Layout, cluster: Cluster, steps: int | None, rate: float | None) -> Iterator[Finding]:
+def speed(
+    each: StepTime, layout: Layout, cluster: Cluster, steps: int | None, rate: float | None, sharded: bool = False
+) -> Iterator[Finding]:  # fmt: skip
     """Time of a step and of the run, what communication costs, and how many cores must read (each reads `rate`)."""
     images = layout.rank_batch * cluster.world_size / each.total
     whole = f", {duration(each.total * steps)} for {steps:,} steps" if steps else ""
@@ -60,11 +74,11 @@ def speed(each: StepTime, layout: Layout, cluster: Cluster, steps: int | None, r
         hidden = (
             f"{duration(each.exposed)} of it not hidden behind computing" if each.exposed else "hidden by computing"
         )
-        good = each.efficiency >= ENOUGH
+        what, good = "weights and gradients" if sharded else "gradients", each.efficiency >= ENOUGH
         remedy = "" if good else ": give each GPU more images, or take a faster network"
         yield Finding(
             "ok" if good else "note",
-            f"gradients travel {duration(each.communication)} a step, {hidden}; a GPU is {each.efficiency:.0%} as fast "
+            f"{what} travel {duration(each.communication)} a step, {hidden}; a GPU is {each.efficiency:.0%} as fast "
             f"as one alone{remedy}",
         )
     if rate is not None:

@@ -47,18 +47,23 @@ class StepTime:
         return self.compute / self.total
 
 
-def step_time(cost: StepCost, cluster: Cluster, rank_batch: int) -> StepTime:
-    """Of an optimiser step under DDP, with `rank_batch` images on each GPU.
+def step_time(cost: StepCost, cluster: Cluster, rank_batch: int, sharded: bool = False) -> StepTime:
+    """Of an optimiser step with `rank_batch` images on each GPU, under DDP or `sharded` (fsdp2).
 
     A ring all-reduce moves 2 (W - 1) / W of the gradients through every link; the slowest decides. It starts as soon
-    as the backward pass has its first gradients.
+    as the backward pass has its first gradients. A sharded model moves (W - 1) / W of its weights, forward and
+    backward, and of the gradients once, and does so for every micro-batch.
     """
     compute = cost.flops / cost.images * rank_batch / (cluster.gpu.tflops * 1e12 * cluster.mfu)
     world = cluster.world_size
     # The ring enters each node once, so the GPUs of a node share its network, not divide it.
     slowest = min(cluster.gpu.link, cluster.network) if cluster.nodes > 1 else cluster.gpu.link
-    communication = 2 * (world - 1) / world * cost.gradients / (slowest * 1e9)
-    return StepTime(compute, communication, max(0.0, communication - BACKWARD * compute))
+    if sharded:
+        moved, hidden = (cost.gathered + cost.gradients) * max(1, rank_batch // cost.images), 1.0
+    else:
+        moved, hidden = 2 * cost.gradients, BACKWARD
+    communication = (world - 1) / world * moved / (slowest * 1e9)
+    return StepTime(compute, communication, max(0.0, communication - hidden * compute))
 
 
 def largest_batch(small: StepCost, large: StepCost, room: int) -> int:

@@ -37,6 +37,18 @@ def test_a_run_on_gpus_that_are_not_here(drawn: Path, tmp_path: Path, capsys: py
     assert not (tmp_path / "new").exists(), "it only looks"
 
 
+def test_a_sharded_run(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus-per-node", "8", "--gpu", "h100", "--trainer.strategy"]
+    told = {}
+    for strategy in ("ddp", "fsdp2"):
+        code, told[strategy] = doctor(capsys, *SMALL, *options, strategy)
+        assert code == 0
+    sizes = {name: float(re.search(r"optimiser ([\d.]+) MiB", said)[1]) for name, said in told.items()}  # type: ignore[index]
+    assert sizes["fsdp2"] == pytest.approx(sizes["ddp"] / 8, rel=0.02)
+    assert re.search(r"blocks gathered in full [\d.]+ MiB", told["fsdp2"]) and "buckets" not in told["fsdp2"]
+    assert re.search(r"weights and gradients travel .* a step", told["fsdp2"])
+
+
 def test_what_cannot_work_is_found_and_told(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = doctor(capsys, *SMALL, "--data.train", drawn, "--gpus-per-node", "3")
     assert code == 1 and "global_batch_size 16 cannot be divided by 3 ranks" in said and "1 to mend" in said

@@ -1,11 +1,13 @@
+from dataclasses import replace
+
 import pytest
 
 from pretrain.cost import StepCost
 from pretrain.hardware import GPU
 from pretrain.scaling import Cluster, largest_batch, step_time
 
-COST = StepCost(images=10, forward=10 * 10**9, flops=30 * 10**9, weights=0, trained=0, gradients=10**9, present=0, optimizer=0,
-                activations=0)  # fmt: skip
+COST = StepCost(images=10, forward=10 * 10**9, flops=30 * 10**9, weights=0, trained=0, gradients=10**9, present=0,
+                optimizer=0, activations=0)  # fmt: skip
 GPU_OF_100 = GPU(tflops=100, memory=80, link=400)
 
 
@@ -25,6 +27,15 @@ def test_the_slowest_link_decides_and_hides_behind_the_backward_pass() -> None:
     assert far.efficiency == pytest.approx(6e-3 / far.total)
     larger = step_time(COST, Cluster(GPU_OF_100, nodes=1, gpus=8, network=25, mfu=0.5), rank_batch=1000)
     assert larger.exposed == 0 and larger.efficiency == 1
+
+
+def test_a_sharded_model_moves_its_weights_twice_and_its_gradients_once_for_every_micro_batch() -> None:
+    cost = replace(COST, gathered=3 * 10**9)
+    cluster = Cluster(GPU_OF_100, nodes=2, gpus=4, network=25, mfu=0.5)
+    one = step_time(cost, cluster, rank_batch=10, sharded=True)
+    assert one.communication == pytest.approx(7 / 8 * 4e9 / 25e9)
+    assert one.exposed == pytest.approx(one.communication - one.compute)
+    assert step_time(cost, cluster, rank_batch=30, sharded=True).communication == pytest.approx(3 * one.communication)
 
 
 def test_largest_batch_lies_on_the_line_through_two() -> None:
