@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from tasks.encoder_files import weights_hash
 
 FORMAT = 2
 CACHE_LIMIT_BYTES = 50 << 30
+DAY = 86_400  # seconds; what is in the making is younger
 MOST_LOST = 0.01
 """Share of the images that may be missing for a reason that may pass; the score of fewer is of another set."""
 
@@ -131,8 +133,12 @@ def extract(
                 new = Path(aside) / "new"
                 if _compute(work, loader, new, team, progress):
                     return _open(new, manifest)  # mapped, so that it outlives its name
-                with contextlib.suppress(OSError):  # another process was faster
+                try:
                     new.rename(place)
+                except OSError:
+                    if not (place / "about.json").exists():  # half removed, by a process that was killed
+                        shutil.rmtree(place)
+                        new.rename(place)  # otherwise another process was faster
         except OSError as error:
             raise EvaluationError(f"features: {cannot_write(cache_dir, error)}") from error
         _shrink(cache_dir, keep=place)
@@ -288,7 +294,14 @@ def _open(place: Path, manifest: Manifest) -> Features:
 
 
 def _shrink(cache_dir: Path, keep: Path) -> None:
-    """Remove the features unused for longest until the cache is below its limit; readers keep what they have open."""
+    """Remove the features unused for longest until the cache is below its limit; readers keep what they have open.
+
+    And what processes that were killed have left, a day later.
+    """
+    for left in cache_dir.glob(".partial-*"):
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - DAY:
+                shutil.rmtree(left, ignore_errors=True)
     entries = sorted((p for p in cache_dir.iterdir() if (p / "about.json").exists()), key=lambda p: p.stat().st_mtime)
     sizes = {p: sum(file.stat().st_size for file in p.iterdir()) for p in entries}
     total = sum(sizes.values())
@@ -296,5 +309,8 @@ def _shrink(cache_dir: Path, keep: Path) -> None:
         if total <= CACHE_LIMIT_BYTES:
             break
         if entry != keep:
-            shutil.rmtree(entry, ignore_errors=True)
+            gone = entry.with_name(f".partial-{entry.name}")  # at once no entry any more, should this process be killed
+            with contextlib.suppress(OSError):
+                entry.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
             total -= sizes[entry]

@@ -5,6 +5,7 @@ The strength of the penalty cannot be chosen, since every labelled image is need
 Axes: n = train samples, t = test samples, d = width, c = classes, s = draws.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class FewShot:
         """EvaluationError for what cannot be drawn."""
         if self.draws < 1 or any(k < 1 for k in self.shots) or any(not 0 < share <= 1 for share in self.shares):
             raise EvaluationError("few_shot needs draws >= 1, shots >= 1, and shares in (0, 1]")
-        if not (self.shots or self.shares) or self.strength <= 0:
+        if not (self.shots or self.shares) or not 0 < self.strength < math.inf:
             raise EvaluationError("few_shot needs shots or shares, and a strength above 0")
 
 

@@ -42,9 +42,10 @@ class LinearMAE:
 
     def check(self) -> None:
         """EvaluationError for what cannot be trained."""
-        if min(self.epochs, self.batch_size) < 1 or self.base_rate <= 0 or not 0 <= self.warmup_epochs < self.epochs:
+        if self.epochs < 1 or self.batch_size < 2 or self.base_rate <= 0 or not 0 <= self.warmup_epochs < self.epochs:
             raise EvaluationError(
-                "linear_mae needs epochs, batch_size and base_rate above 0, and fewer warmup_epochs than epochs"
+                "linear_mae needs epochs and base_rate above 0, fewer warmup_epochs than epochs, and a batch_size of 2 "
+                "at least, for its BatchNorm"
             )
 
 

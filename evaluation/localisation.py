@@ -47,7 +47,9 @@ class Localisation:
     mass: float = 0.6
 
     def check(self) -> None:
-        """EvaluationError for what is no share."""
+        """EvaluationError for what is no share, and a table that is not there."""
+        if self.boxes and not Path(self.boxes).is_file():
+            raise EvaluationError(f"there is no table of boxes {self.boxes}")
         if not 0 < self.mass <= 1:
             raise EvaluationError(f"localisation.mass {self.mass} is a share: it must be in (0, 1]")
 
@@ -88,6 +90,11 @@ def localisation(encoder: Encoder, test: Path, data: ImageData, config: Localisa
                 if truth is None or not np.isfinite(truth).all():
                     continue
                 height, width = batch["size"][i].tolist()
+                if (truth[:, 2] > width + 1).any() or (truth[:, 3] > height + 1).any():
+                    raise EvaluationError(
+                        f"a box of {key} ends outside of the image of {width:g} x {height:g} pixels: boxes are in "
+                        "pixels of the packed files, which `shards pack --resize` has changed"
+                    )
                 truth = truth / np.array([width, height, width, height])
                 best = float(iou(attention_box(maps[i], config.mass), truth).max())
                 whole, centre = (float(iou(box, truth).max()) for box in (WHOLE, CENTRE))

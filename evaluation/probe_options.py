@@ -56,6 +56,8 @@ def _changed(config: Config, path: list[str], text: str, name: str) -> Config:
 
 
 def _value(text: str, old: Any, name: str, head: str) -> Any:
+    if isinstance(old, str):
+        return text  # as it is: YAML would see a date in one and nothing in ''
     several = isinstance(old, tuple | list) or head == "ks"
     try:
         parts = (

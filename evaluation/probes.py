@@ -4,6 +4,7 @@ A result is plain data for results.json, in percent: {"top1", "top5" (with more 
 top-1, for the sampling of test images), "protocol", ...}.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -62,6 +63,12 @@ class ProbeSettings:
 
     def check(self, names: Sequence[str], channels: int) -> None:
         """EvaluationError for a setting of one of these probes that cannot work, before any of them has begun."""
+        if self.ks is not None and (not self.ks or min(self.ks) < 1):
+            raise EvaluationError("ks are numbers of neighbours: 1 at least, and one of them at least")
+        if not 0 < self.temperature < math.inf:
+            raise EvaluationError(f"temperature must be above 0, not {self.temperature:g}")
+        if not self.strengths or not all(0 <= strength < math.inf for strength in self.strengths):
+            raise EvaluationError("strengths must be numbers from 0 on, and one of them at least")
         for name in names:
             config: Any = getattr(self, name, None)
             if isinstance(config, Corruptions):

@@ -32,8 +32,8 @@ def run_of(source: str | os.PathLike[str]) -> Path | None:
 def merge(place: Path, results: dict[str, Any]) -> None:
     """Put the results into the file, beside those of other probes that are there already; written aside, renamed.
 
-    Scores of another checkpoint are not kept beside the new ones, nor floors on other test images than their probe's:
-    they would look comparable.
+    Scores of another checkpoint are not kept beside the new ones, nor floors that were not made as their probe's score
+    was (other train or test images, another crop, other settings): they would look comparable.
     """
     old: dict[str, Any] = {}
     if place.exists():
@@ -53,8 +53,7 @@ def merge(place: Path, results: dict[str, Any]) -> None:
     scores = old | results
     floors = results.get("floors", {})
     merged = {
-        name: {p: r for p, r in kept.get(name, {}).items() if p in scores and _about(r)[1] == _about(scores[p])[1]}
-        | floors.get(name, {})
+        name: {p: r for p, r in kept.get(name, {}).items() if p in old and p not in results} | floors.get(name, {})
         for name in {**kept, **floors}
     }
     merged_floors = {name: floor for name, floor in merged.items() if floor}

@@ -175,6 +175,8 @@ def evaluate(
                 drop = ("source", "checkpoint", "encoder", "pool")
                 result["protocol"] = {k: v for k, v in about.items() if k not in drop} | result["protocol"]
             results["floors"] = found
+        if place is not None and (on_images or dense or paired):
+            merge(place, results)  # what took hours is not lost when the next one fails
         if on_images:
             from evaluation.score_images import score_on_images
 
@@ -185,7 +187,7 @@ def evaluate(
             ):  # fmt: skip
                 take(found)
                 if place is not None:
-                    merge(place, results)  # what took hours is not lost when the next one fails
+                    merge(place, results)
         if any(name in NAMES for name in learned):
             told.append(summary(results, about))
         if "attributes" in learned:
@@ -199,11 +201,13 @@ def evaluate(
             for name, (path, root) in given.items()
             if path is not None and root is not None
         }
-        found = score_dense(
+        for found in score_dense(
             dense, encoder, train_root, test_root, settings, about, floors=floors, floor_cache=floor_cache,
             batch_size=batch_size, workers=workers, precision=precision, progress=progress,
-        )  # fmt: skip
-        take(found)
+        ):  # fmt: skip
+            take(found)
+            if place is not None:
+                merge(place, results)
     told += ["", *lines] if (lines := probe_lines(results)) else []
     if paired:
         # here, since most users never need the text tower

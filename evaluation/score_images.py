@@ -65,8 +65,8 @@ def score_on_images(
 def score_dense(
     names: Sequence[str], encoder: Encoder, train: Path | None, test: Path, settings: ProbeSettings,
     about: Mapping[str, Any], *, floors: bool, floor_cache: Path | None, **how: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Results of `probes.DENSE_PROBES` by name, and under "floors" those of the untrained encoder."""
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Results of `probes.DENSE_PROBES` one by one, and under "floors" those of the untrained encoder."""
     none = np.zeros(0, np.int64)
     data = ImageData(train or test, none, (), none, test, none, (), none, 0, device=settings.device, **how)
 
@@ -76,10 +76,9 @@ def score_dense(
         assert train is not None
         return score_segmentation(of, train, test, data, settings)
 
-    results: dict[str, Any] = {}
     for name in names:
         result = score(name, encoder)
-        results[name] = result | {"protocol": dict(about) | result["protocol"]}
+        yield {name: result | {"protocol": dict(about) | result["protocol"]}}
         if not floors:
             continue
         if name == "segmentation":
@@ -91,8 +90,7 @@ def score_dense(
         else:  # one pass over the images, against a table of boxes that may change
             under = score(name, untrained(encoder.config))
             under["protocol"]["features"] = UNTRAINED
-        results.setdefault("floors", {}).setdefault("untrained", {})[name] = _told(about, under)
-    return results
+        yield {"floors": {"untrained": {name: _told(about, under)}}}
 
 
 def _told(about: Mapping[str, Any], floor: Result) -> Result:

@@ -78,6 +78,8 @@ def gather_team() -> Iterator[Team]:
         raise EvaluationError(
             f"the {size} processes of this evaluation have not met within {minutes} minutes"
         ) from error
+    if torch.cuda.is_available():  # "cuda" is the same word on all of them
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     team = Team(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_PATIENCE))
     try:
         yield team

@@ -64,7 +64,7 @@ def layer_decay_groups(
 
 
 def _layer(name: str, depth: int) -> int:
-    if name in ("cls_token", "reg_token", "pos_embed") or name.startswith("patch_embed."):
+    if name in ("cls_token", "reg_token", "pos_embed") or name.startswith(("patch_embed.", "norm_pre.")):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else depth + 1

@@ -147,6 +147,11 @@ def test_localisation_against_masks_and_a_table(masked: Path, tmp_path: Path, mo
     told = localisation(encoder_of(), test, data_of(test), Localisation(boxes=str(tmp_path / "boxes.tsv")))
     assert told["images"] == 4 and told["whole_image"] == 25
     assert told["centre_box"] == 25  # the box of 64 pixels inside the 125 of the middle
+    (tmp_path / "large.tsv").write_text("\n".join([rows[0], "0003.png\t10\t10\t40\t14"]))
+    with pytest.raises(EvaluationError, match="0003 ends outside of the image of 16 x 16 pixels"):
+        localisation(encoder_of(), test, data_of(test), Localisation(boxes=str(tmp_path / "large.tsv")))
+    with pytest.raises(EvaluationError, match="there is no table of boxes"):
+        Localisation(boxes=str(tmp_path / "none.tsv")).check()
 
 
 def test_boxes_are_of_the_image_as_it_is_whatever_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

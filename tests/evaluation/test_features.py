@@ -67,6 +67,27 @@ def test_computed_once_per_encoder_and_data(
     assert calls, "other weights must not find these features"
 
 
+def test_half_removed_features_are_made_again(world: Path, cache: Path, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    first = np.array(take(encoder, world / "test").x)
+    (about,) = cache.rglob("about.json")
+    about.unlink()
+    assert np.array_equal(first, take(encoder, world / "test").x)
+    assert about.exists()
+
+
+def test_what_killed_processes_left_goes_a_day_later(world: Path, cache: Path, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    take(encoder, world / "test")
+    (about,) = cache.rglob("about.json")
+    old, new = (about.parent.parent / f".partial-{name}" for name in ("old", "new"))
+    old.mkdir()
+    new.mkdir()
+    os.utime(old, (0, 0))
+    take(encoder, world / "train")
+    assert new.exists() and not old.exists()
+
+
 def test_oldest_features_leave_a_full_cache(
     world: Path, cache: Path, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,21 @@ def test_settings_as_users_write_them() -> None:
     assert "few_shot.draws" in setting_names(settings) and "device" not in setting_names(settings)
 
 
+def test_texts_are_taken_as_they_are() -> None:
+    settings = with_options(ProbeSettings(), ["finetune.randaugment=", "localisation.boxes=2024-01-01"])
+    assert settings.finetune.randaugment == "" and settings.localisation.boxes == "2024-01-01"
+
+
+@pytest.mark.parametrize(
+    "pair", ["ks=-5,20", "ks=0", "ks=", "temperature=0", "temperature=.nan", "strengths=", "strengths=.nan,1",
+             "strengths=-1", "few_shot.strength=.nan", "linear_mae.batch_size=1"],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused_before_anything_begins(pair: str) -> None:
+    settings = with_options(ProbeSettings(), [pair])
+    with pytest.raises(EvaluationError):
+        settings.check(["knn", "linear", "few_shot", "linear_mae"], channels=3)
+
+
 @pytest.mark.parametrize(
     ("pair", "told"),
     [

@@ -1,7 +1,9 @@
 """Who is decayed and who learns slower, against the MAE authors' groups."""
 
 import pytest
+import torch
 from torch import nn
+from torch.nn import Parameter
 
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
@@ -69,3 +71,11 @@ def test_every_trained_parameter_is_in_one_group():
         listed = [id(p) for group in groups for p in group["params"]]
         assert len(listed) == len(set(listed))
         assert set(listed) == trained
+
+
+def test_a_norm_before_the_blocks_learns_as_slowly_as_the_embedding():
+    names = ["norm_pre.weight", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"]
+    groups = layer_decay_groups([(name, Parameter(torch.zeros(2))) for name in names], 1, 0.05, 0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert sorted(scale.values()) == [0.25, 0.25, 0.5, 1.0] and groups[0]["lr_scale"] == 0.25
+    assert len(groups[0]["params"]) == 2
