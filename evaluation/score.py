@@ -56,6 +56,7 @@ def evaluate(
     workers: int | None = None,
     cache_dir: Path | None = None,
     progress: bool = True,
+    called: str | None = None,
 ) -> dict[str, Any]:
     """Score an encoder, print a table, and merge the results into `results.json`.
 
@@ -80,6 +81,7 @@ def evaluate(
         workers: loader processes; None: from the cores there are.
         cache_dir: where features and floors are kept; None: the user's cache ($TRIVIT_CACHE).
         progress: show progress bars and print the table.
+        called: what protocols say instead of `source`, where that does not stay; None: `source`.
 
     Returns:
         What these probes found, as in results.json, in percent:
@@ -109,7 +111,7 @@ def evaluate(
     train_root = open_shards(train) if train is not None and (learned or dense) else None
     features, floor_cache = (cache_dir / name if cache_dir else None for name in ("features", "floors"))
     shared = {
-        "source": source,
+        "source": called or source,
         "checkpoint": checkpoint_hash(source),
         "encoder": config.arch,
         "crop": config.image_size,
@@ -169,7 +171,7 @@ def evaluate(
         if floors and on_features:
             found = compute_floors(
                 config, measure, on_features, settings, train_images=len(trained),
-                data_hashes=(trained.data_hash, tested.data_hash), precision=precision, cache_dir=floor_cache,
+                data_hashes=(trained.fingerprint, tested.fingerprint), precision=precision, cache_dir=floor_cache,
             )  # fmt: skip
             for result in (result for floor in found.values() for result in floor.values()):
                 drop = ("source", "checkpoint", "encoder", "pool")

@@ -1,15 +1,20 @@
 """Scores of a run at its steps."""
 
 import json
+import os
+import platform
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from evaluation.results_file import run_of
 from pretrain.checkpoint_files import LAST, PART, put_in_place
 from pretrain.cli import main
-from pretrain.evaluate_steps import FOLDER, HELD, held
+from pretrain.evaluate_steps import DAY, FOLDER, held
 from tests.pretrain.conftest import pretrain
-from tests.pretrain.test_checkpoint_files import read, write
+from tests.pretrain.test_checkpoint_files import KINDS, read, write
 
 
 def evaluate(run: Path, data: Path, *more: str) -> int:
@@ -32,7 +37,9 @@ def test_each_step_is_evaluated_once_and_keeps_its_scores(
         assert f"\nstep {steps}:\n" in capsys.readouterr().out
     found = [json.loads(path.read_text())["knn"] for path in sorted(run.glob(f"{FOLDER}/step_0000000?/results.json"))]
     assert len(found) == 2 and found[0]["protocol"]["checkpoint"] != found[1]["protocol"]["checkpoint"]
-    assert not (run / FOLDER / HELD).exists() and not (run / "results.json").exists()
+    assert [result["protocol"]["source"] for result in found] == [f"{run} at step {step}" for step in (3, 5)]
+    assert [path.name for path in sorted((run / FOLDER).iterdir())] == ["step_00000003", "step_00000005"]
+    assert not (run / "results.json").exists()
     place = run / FOLDER / "step_00000005/results.json"
     before = place.stat().st_mtime_ns
     assert evaluate(run, drawn) == 0
@@ -40,17 +47,70 @@ def test_each_step_is_evaluated_once_and_keeps_its_scores(
     assert pretrain(*small, "--output", run, "--trainer.max_steps", 5) == 0, "it is a run as before"
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+def begun(run: Path, step: int, kind: str) -> None:
+    """A run with a checkpoint."""
+    (run / "checkpoints").mkdir()
+    (run / "config.yaml").write_text("seed_everything: 0\n")
+    write(run / "checkpoints" / LAST, step, kind)
+
+
+def saved(run: Path, step: int, kind: str) -> None:
+    """Training goes on and replaces the checkpoint."""
+    write(run / "checkpoints" / PART, step, kind)
+    put_in_place(run / "checkpoints" / PART)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_that_is_evaluated_stays_when_training_replaces_it(kind: str, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    write(folder / LAST, 1, kind)
+    begun(tmp_path, 1, kind)
     with held(tmp_path) as copy:
         for step in (2, 3, 4):
-            write(folder / PART, step, kind)
-            put_in_place(folder / PART)
-        assert read(copy) == 1 and read(folder / LAST) == 4
-    assert not copy.exists()
+            saved(tmp_path, step, kind)
+        assert read(copy) == 1 and read(tmp_path / "checkpoints" / LAST) == 4
+        run = run_of(copy)
+        assert run is not None and (run / "config.yaml").read_text() == (tmp_path / "config.yaml").read_text()
+    assert not any((tmp_path / FOLDER).iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluations_at_once_leave_each_other_alone(kind: str, tmp_path: Path) -> None:
+    begun(tmp_path, 1, kind)
+    with held(tmp_path) as first:
+        saved(tmp_path, 2, kind)
+        with held(tmp_path) as second:
+            assert (read(first), read(second)) == (1, 2)
+        assert read(first) == 1
+    assert not any((tmp_path / FOLDER).iterdir())
+
+
+def killed(run: Path) -> Path:
+    """What an evaluation leaves that is killed in its midst."""
+    child = os.fork()
+    if child == 0:
+        with held(run):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = (run / FOLDER).iterdir()
+    return left
+
+
+def test_what_a_killed_evaluation_held_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(tmp_path, 1, "file")
+    left = killed(tmp_path)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(platform, "node", lambda: "another-machine")  # where nothing is known of the process
+        with held(tmp_path):
+            assert left.exists()
+        os.utime(left, (0, time.time() - 1.01 * DAY))
+        with held(tmp_path):
+            assert not left.exists()
+    left.mkdir()  # by an evaluation that has just begun
+    with held(tmp_path):
+        assert left.exists()
+    left.rmdir()
+    left = killed(tmp_path)
+    with held(tmp_path):
+        assert not left.exists()
 
 
 def test_bad_input_ends_in_one_line(
