@@ -27,6 +27,7 @@ _RETRY_AFTER = (0.1, 0.5, 2.0)
 _TRY_A_LOST_SHARD_AGAIN_AFTER = 10.0
 _SECONDS_BETWEEN_TOUCHES = 1.0
 _MOST_EVICTIONS_IN_A_ROW = 5
+_NAMES = "a .cls holds a number; to have names, pack class folders, or a table with --label-column"
 Value = TypeVar("Value")
 
 
@@ -91,7 +92,7 @@ class ShardReader:
         except ValueError:
             label = -1
         if label < 0 or (self.manifest.classes and label >= len(self.manifest.classes)):
-            raise self._bad(shard, key, f"cls: {text!r} is no index of a class")
+            raise self._bad(shard, key, f"cls: {text!r} is no index of a class ({_NAMES})")
         return label
 
     def member(self, shard: int, sample: int, extension: str) -> bytearray | None:

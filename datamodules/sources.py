@@ -149,6 +149,9 @@ def list_source(path: str | os.PathLike[str], columns: Mapping[str, str | None] 
     if classes and loose:
         notes.append(f"{loose} images lie beside the folders ({classes[0]}, ...): all are packed without labels")
         classes = []
+    elif prefix and not classes:
+        only = prefix.rstrip("/").rpartition("/")[2]
+        notes.append(f"all images lie in one folder, {only}, which is taken for no class: they have no labels")
     if len(classes) > 1 and {name.lower() for name in classes} <= _SPLITS:
         raise DataError(f"{path} holds the splits {' and '.join(classes)}: pack each of them for itself")
     texts, lone = find_texts(images, files)

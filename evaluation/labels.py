@@ -1,5 +1,6 @@
 """Train and test label their classes independently; they are matched by name, never by number."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -7,17 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.errors import EvaluationError
+from evaluation.one_folder import only_folder
 
 Ints = NDArray[np.int64]
 
 
-def check_labelled(label: Ints, what: str) -> None:
-    """EvaluationError when a sample has no label (-1), or all of train have the same one."""
+def check_labelled(label: Ints, what: str, given: str | os.PathLike[str] = "") -> None:
+    """EvaluationError when a sample has no label (-1), or all of train have the same one; `given`: where they lie."""
     missing = int((label < 0).sum())
+    if missing == len(label) and given and (folder := only_folder(given)):
+        raise EvaluationError(
+            f"all {what} images lie in one folder, {folder!r}: that is one class at most, and "
+            + ("probes need at least two class folders" if what == "train" else "train has no class of that name")
+        )
     if missing:
         count = "no" if missing == len(label) else f"only {len(label) - missing:,} of {len(label):,}"
         raise EvaluationError(
-            f"{count} {what} image has a label: probes need class folders, or a .cls beside each image"
+            f"{count} {what} image has a label: probes need at least two class folders (one alone is packed without "
+            "labels), or a .cls with the number of its class beside each image"
         )
     if what == "train" and len(np.unique(label)) < 2:
         raise EvaluationError("all train images are of one class: probes need at least two classes")

@@ -21,6 +21,7 @@ from evaluation.errors import EvaluationError
 from evaluation.features import Features, Featurizer, Precision, extract, pick_device
 from evaluation.floors import floors as compute_floors
 from evaluation.labels import check_labelled, match_labels
+from evaluation.one_folder import with_only_folder
 from evaluation.probe_lines import probe_lines
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
 from evaluation.ranks import one_decimal
@@ -130,8 +131,9 @@ def evaluate(
     def pair(trained: Features, tested: Features) -> ProbeData:
         if without_labels and (trained.label < 0).any():
             return ProbeData(trained.x, np.full_like(trained.label, -1), tested.x, tested.label, 0, {})
-        check_labelled(trained.label, "train")
-        check_labelled(tested.label, "test")
+        tested = with_only_folder(tested, test, trained.classes)
+        check_labelled(trained.label, "train", train or "")
+        check_labelled(tested.label, "test", test)
         label, classes = match_labels(trained.classes, trained.label, tested.classes, tested.label)
         return ProbeData(trained.x, trained.label, tested.x, label, len(classes), attributes)
 

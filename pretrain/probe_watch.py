@@ -45,8 +45,8 @@ class ProbeWatch(RankWatch):
             _Chosen.of(config.train, config.train_images), _Chosen.of(config.test, config.test_images)
         ]  # fmt: skip
         try:
-            check_labelled(self._sets[0].label, "train")
-            check_labelled(self._sets[1].label, "test")
+            check_labelled(self._sets[0].label, "train", config.train)
+            check_labelled(self._sets[1].label, "test", config.test)
             self._matched(*(chosen.label for chosen in self._sets))
         except EvaluationError as error:
             raise RunError(f"probe: {error} (of the {config.train_images} train images: probe.train_images)") from error

@@ -1,8 +1,14 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from evaluation import evaluate
 from evaluation.errors import EvaluationError
 from evaluation.labels import check_labelled, match_labels
+from evaluation.probes import ProbeSettings
 
 
 def test_classes_match_by_name_not_by_number() -> None:
@@ -62,3 +68,29 @@ def test_the_same_list_may_hold_a_name_twice() -> None:
 def test_images_that_cannot_be_scored(label: list[int], what: str, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         check_labelled(np.array(label), what)
+
+
+def folders(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def test_one_class_folder_is_told_and_enough_for_test(
+    tmp_path: Path, cache: Path, encoder_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, ant = folders(tmp_path / "train", "ant", "bee"), folders(tmp_path / "only_ant", "ant")
+    how: dict[str, Any] = {"workers": 0, "device": "cpu", "progress": False}
+    found = evaluate(encoder_file, train=train, test=ant, probes=("knn",), settings=ProbeSettings(ks=(1,)), **how)
+    # the images of both classes are the same, so what matters is that there is a score and of how many classes
+    assert found["knn"]["protocol"]["classes"] == 2 and found["floors"]["untrained"]["knn"]["top1"] >= 0
+    assert "all images lie in one folder, ant, which is taken for no class" in capsys.readouterr().err
+    for one, other, told in (
+        (ant, train, "all train images lie in one folder, 'ant': .* at least two class folders"),
+        (train, folders(tmp_path / "more", "cow"), "one folder, 'cow': .* train has no class of that name"),
+    ):
+        with pytest.raises(EvaluationError, match=told):
+            evaluate(encoder_file, train=one, test=other, probes=("knn",), **how)

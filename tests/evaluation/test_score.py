@@ -247,7 +247,9 @@ def test_labels_that_are_texts_are_one_clear_line(cache: Path, encoder_file: Pat
         reader = ShardReader(load_manifest(named))
         for i in range(24):
             writer.write(f"{i}", {"png": bytes(reader.member(0, i, "png") or b""), "cls": b"dog"})
-    with pytest.raises(EvaluationError, match=r"no image under .* could be read \(first: 0: cls: .*dog.* is no index"):
+    with pytest.raises(
+        EvaluationError, match=r"no image under .* could be read \(first: 0: cls: .*dog.* is no index.*--label-column"
+    ):
         run_evaluate(encoder_file, tmp_path / "words", world / "test")
 
 
