@@ -62,7 +62,7 @@ class Features:
     """x float32 [n d] (memory-mapped), label int64 [n] (-1: none), key "SHARD/KEY" of each image, in stream order.
 
     `classes`: names of the labels, empty when they only have numbers; `bad`: images that could not be read;
-    `data_hash`: of their manifest.
+    `data_hash`: of their manifest; `fingerprint`: likewise, and of when its tars were written.
     """
 
     x: NDArray[np.float32]
@@ -71,6 +71,7 @@ class Features:
     classes: tuple[str, ...]
     bad: int
     data_hash: str
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.label)
@@ -97,8 +98,8 @@ def extract(
 
     Images: of the encoder's channels and bits, shorter side to encoder.config.resize (bicubic, antialiased), centre
     crop of image_size, normalised with the encoder's mean and std. The key is encoder weights and config (with it the
-    transform and the pooling), manifest and precision. The cache holds `CACHE_LIMIT_BYTES`: what was unused for longest
-    goes first, and all of it may be deleted at any time.
+    transform and the pooling), manifest, when its tars were written, and precision. The cache holds
+    `CACHE_LIMIT_BYTES`: what was unused for longest goes first, and all of it may be deleted at any time.
 
     Images that were packed damaged are always left out. Where others are missing because they cannot be read now (a
     shard that is lost or cut, a network that fails), the features are used once and not kept; beyond `MOST_LOST` of all
@@ -179,7 +180,7 @@ def cached_features(encoder: Featurizer, manifest: Manifest, cache_dir: Path | N
 
 
 def _entry(encoder: Any, manifest: Manifest, precision: Precision) -> str:
-    identity = [FORMAT, type(encoder).__name__, weights_hash(encoder), repr(encoder.config), manifest.hash]
+    identity = [FORMAT, type(encoder).__name__, weights_hash(encoder), repr(encoder.config), manifest.fingerprint]
     identity += [precision] if precision != "float32" else []
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
@@ -290,6 +291,7 @@ def _open(place: Path, manifest: Manifest) -> Features:
         classes=manifest.classes,
         bad=about["bad"],
         data_hash=manifest.hash,
+        fingerprint=manifest.fingerprint,
     )
 
 

@@ -8,7 +8,9 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,10 +83,10 @@ def floors(
                                     in_chans=config.in_chans, bits=config.bits, eval_resize=config.resize),
         "untrained": replace(config, drop_path=0.0),
     }  # fmt: skip
-    half = [precision] if precision != "float32" else []
+    made = _made_with()
     found: dict[str, dict[str, Result]] = {}
     for name, about in identity.items():
-        keys = {p: json.dumps([FORMAT, name, p, repr(about), repr(settings), *data_hashes, *half]) for p in probes}
+        keys = {p: json.dumps([*made, name, p, repr(about), repr(settings), *data_hashes, precision]) for p in probes}
         places = {p: cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json" for p, key in keys.items()}
         missing = [p for p in probes if not places[p].exists()]
         if missing:
@@ -129,7 +131,7 @@ def _untrained(
 
 def untrained_floor(
     probe: str, config: EncoderConfig, settings: ProbeSettings, score: Callable[[Encoder], Result], *,
-    data_hashes: Sequence[str], precision: Precision = "float32", cache_dir: Path | None = None,
+    data_hashes: Sequence[str], batch_size: int, precision: Precision = "float32", cache_dir: Path | None = None,
 ) -> Result:  # fmt: skip
     """What the same probe finds on the same encoder, untrained: the floor of a probe that learns from images.
 
@@ -140,12 +142,14 @@ def untrained_floor(
         config: of the encoder whose floor this is.
         settings: as for the encoder itself.
         score: the probe.
+        batch_size: of the loader, on which corruptions and parts of larger batches depend.
         data_hashes, precision, cache_dir: as for `floors`.
     """
     cache_dir = cache_dir or cache_home() / "floors"
     cache_dir.mkdir(parents=True, exist_ok=True)
     counts = (getattr(settings, probe), settings.seed, settings.strengths, settings.device)
-    identity = [FORMAT, "untrained", probe, repr(replace(config, drop_path=0.0)), repr(counts), *data_hashes, precision]
+    identity = [*_made_with(), "untrained", probe, repr(replace(config, drop_path=0.0)), repr(counts), *data_hashes,
+                batch_size, precision]  # fmt: skip
     place = cache_dir / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.json"
     if not place.exists():
         found = score(untrained(config))
@@ -153,6 +157,11 @@ def untrained_floor(
         write_aside(place, json.dumps(found).encode())
     result: Result = json.loads(place.read_text())
     return result
+
+
+def _made_with() -> list[Any]:
+    """Who fills a timm model, and draws."""
+    return [FORMAT, version("torch"), version("timm")]
 
 
 def untrained(config: EncoderConfig) -> Encoder:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.manifest import load_manifest
+from datamodules.sidecars import cache_home
 from evaluation.features import Features
 from evaluation.floors import UNTRAINED, Measure, untrained, untrained_floor
 from evaluation.image_data import ImageData, rows_of
@@ -47,7 +48,8 @@ def score_on_images(
             return IMAGE_PROBES[name](of, data, settings)
         if of is encoder or measure is None:
             return score_corruptions(of, data, settings, probed.train, probed.test)
-        with tempfile.TemporaryDirectory() as aside:
+        on_disk = floor_cache or cache_home() / "floors"  # /tmp may be memory
+        with tempfile.TemporaryDirectory(dir=on_disk) as aside:
             clean = measure(of, Path(aside))
             return score_corruptions(of, data, settings, clean.train, clean.test)
 
@@ -57,7 +59,8 @@ def score_on_images(
         if measure is not None:
             under = untrained_floor(
                 name, encoder.config, settings, partial(score, name),
-                data_hashes=(trained.data_hash, tested.data_hash), precision=data.precision, cache_dir=floor_cache,
+                data_hashes=(trained.fingerprint, tested.fingerprint), batch_size=data.batch_size,
+                precision=data.precision, cache_dir=floor_cache,
             )  # fmt: skip
             yield {"floors": {"untrained": {name: _told(about, under)}}}
 
@@ -82,10 +85,10 @@ def score_dense(
         if not floors:
             continue
         if name == "segmentation":
-            hashes = [load_manifest(root).hash for root in (data.train, test)]
+            hashes = [load_manifest(root).fingerprint for root in (data.train, test)]
             under = untrained_floor(
-                name, encoder.config, settings, partial(score, name), data_hashes=hashes, precision=data.precision,
-                cache_dir=floor_cache,
+                name, encoder.config, settings, partial(score, name), data_hashes=hashes,
+                batch_size=data.batch_size, precision=data.precision, cache_dir=floor_cache,
             )  # fmt: skip
         else:  # one pass over the images, against a table of boxes that may change
             under = score(name, untrained(encoder.config))

@@ -26,7 +26,7 @@ def write_json(folder: Path, records: list[dict[str, Any] | None]) -> tuple[Path
     shards = sorted(path.name for path in folder.glob("*.tar"))
     keys = [f"{shards[i // 3]}/{i:05d}" for i in range(len(records))][::-1]
     none = np.zeros((len(keys), 1), np.float32)
-    return folder, Features(none, np.full(len(keys), -1), keys, (), 0, "")
+    return folder, Features(none, np.full(len(keys), -1), keys, (), 0, "", "")
 
 
 def test_attributes_are_the_texts_that_all_images_have(tmp_path: Path) -> None:

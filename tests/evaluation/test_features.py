@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import socket
+import tarfile
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
@@ -65,6 +66,21 @@ def test_computed_once_per_encoder_and_data(
     with pytest.raises(EvaluationError, match="disk"):
         take(encoder, world / "test")
     assert calls, "other weights must not find these features"
+
+
+def test_labels_changed_in_place_are_read_again(tmp_path: Path, cache: Path, encoder_file: Path) -> None:
+    root = write_images(tmp_path / "data", 12)
+    encoder = load_encoder(encoder_file)
+    before = take(encoder, root)
+    (tar,) = root.glob("*.tar")
+    content = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as members:
+        first = next(member for member in members if member.name.endswith(".cls"))
+    content[first.offset_data] = ord("0") if content[first.offset_data] != ord("0") else ord("1")
+    tar.write_bytes(bytes(content))
+    after = take(encoder, root)
+    assert before.data_hash == after.data_hash and before.label[0] != after.label[0]
+    assert before.label[1:].tolist() == after.label[1:].tolist()
 
 
 def test_half_removed_features_are_made_again(world: Path, cache: Path, encoder_file: Path) -> None:

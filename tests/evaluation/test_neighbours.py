@@ -14,7 +14,7 @@ from tests.evaluation.conftest import CONFIG
 
 def features(x: list[list[float]], label: list[int], classes: tuple[str, ...]) -> Features:
     keys = [f"s.tar/{i}" for i in range(len(x))]
-    return Features(np.array(x, dtype=np.float32), np.array(label), keys, classes, 0, "hash")
+    return Features(np.array(x, dtype=np.float32), np.array(label), keys, classes, 0, "hash", "")
 
 
 def test_nearest_first_and_right_by_name() -> None:
