@@ -104,6 +104,10 @@ def evaluate(
     encoder = load_encoder(source, image_size=image_size)
     if pool is not None and pool != "mean" and not encoder.config.class_token:
         raise EvaluationError(f"{source} has no class token: use --pool mean")
+    if "localisation" in dense and not encoder.config.class_token:
+        raise EvaluationError(
+            f"{source} has no class token, and localisation looks at where that attends to: leave it out of --probes"
+        )
     encoder.config = config = replace(encoder.config, pool=pool or encoder.config.pool)
     device = device or pick_device()
     settings = replace(settings or ProbeSettings(), device=device)

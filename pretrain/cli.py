@@ -163,7 +163,10 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--pool", choices=("cls", "mean", "cls+mean"), help="tokens that are probed (default: as the run says)"
     )
     evaluate.add_argument(
-        "--image-size", type=int, metavar="N", help="side of the images in pixels (default: as the encoder was trained)"
+        "--image-size",
+        type=_pixels,
+        metavar="N",
+        help="side of the images in pixels (default: as the encoder was trained)",
     )
     evaluate.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="float32", help="of the features (default float32)"
@@ -197,6 +200,13 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate.add_argument(
         "--by-step", action="store_true", help="of a run that trains: to RUN/evaluations/step_N, once a checkpoint"
     )
+
+
+def _pixels(text: str) -> int:
+    """A side of images; argparse puts the option's name before what is wrong."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of pixels: give 1 or more")
+    return int(text)
 
 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -348,6 +358,9 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
         return 1 if found.get("failed") else 0
     if arguments.test is None:
         arguments.parser.error("give --test, or --suite")
+    probes = "knn,linear" if arguments.probes is None else arguments.probes
+    if not probes.strip(", "):
+        arguments.parser.error("--probes names none: give one, or leave it out for knn,linear")
     from evaluation.together import evaluate_together
 
     score: Callable[..., object] = partial(evaluate_together, arguments.source)
@@ -360,7 +373,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
     score(
         train=arguments.train,
         test=arguments.test,
-        probes=tuple(name.strip() for name in (arguments.probes or "knn,linear").split(",")),
+        probes=tuple(filter(None, map(str.strip, probes.split(",")))),
         settings=with_options(ProbeSettings(), arguments.options),
         templates=arguments.templates,
         class_names=arguments.class_names,

@@ -272,6 +272,8 @@ def test_what_is_probed_may_be_chosen(
     save_encoder(Encoder(replace(CONFIG, class_token=False)), bare)
     with pytest.raises(EvaluationError, match="has no class token: use --pool mean"):
         run_evaluate(bare, train, test, pool="cls+mean")
+    with pytest.raises(EvaluationError, match=r"bare\.safetensors has no class token, and localisation looks"):
+        evaluate(bare, test=test, probes=("localisation",), workers=0, device="cpu")
 
 
 def test_bad_input_is_one_clear_line(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:

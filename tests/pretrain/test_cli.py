@@ -44,6 +44,21 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [("--image-size", "0", "--image-size: 0 is no number of pixels"), ("--image-size", "-5", "--image-size: -5 is no"),
+     ("--image-size", "big", "--image-size: big is no"), ("--probes", "", "--probes names none"),
+     ("--probes", " ,", "--probes names none")],
+)  # fmt: skip
+def test_a_value_that_means_nothing_is_refused_with_its_option(
+    option: str, value: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "/no/run", "--train", "/no", "--test", "/no", option, value])
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and told in lines[0]
+
+
+@pytest.mark.parametrize(
     "arguments",
     [["shards", "verify", "/no/such/folder"], ["shards", "inspect", "/no/such/folder"],
      ["shards", "pack", "/no/such/folder", "/tmp/never"], ["evaluate", "/no/run", "--train", "/no", "--test", "/no"],
