@@ -127,7 +127,7 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
     if (root / REMOTE).is_file():
         return _remote_manifest(root)
     former = _stored_manifest(root, list_tars(root))
-    if former is not None and former.holds:
+    if former is not None and former.holds and not _named_since(former.manifest):
         return former.manifest
     with _alone(root):  # the other ranks of a run wait here, and find it made
         tars = list_tars(root)
@@ -135,7 +135,8 @@ def load_manifest(root: str | os.PathLike[str]) -> Manifest:
         if former is None:
             return build_manifest(root, sorted(tars))
         if former.holds:
-            return former.manifest
+            named = _named_since(former.manifest)
+            return build_manifest(root, sorted(former.kept), (), former.kept) if named else former.manifest
         kept, before = former.kept, former.manifest
         manifest = build_manifest(root, sorted({*tars, *kept}), before.classes, kept)
         log.warning(
@@ -171,6 +172,11 @@ def _stored_manifest(root: Path, tars: dict[str, os.stat_result]) -> _Former | N
                 return found
             former = former or found
     return former
+
+
+def _named_since(manifest: Manifest) -> bool:
+    """Whether classes that had numbers only have been given names."""
+    return not manifest.classes and (manifest.root / CLASSES).is_file()
 
 
 def _made_ns(place: Path) -> int:

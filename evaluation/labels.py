@@ -41,7 +41,11 @@ def match_labels(
     """
     if bool(train_names) != bool(test_names):
         named, bare = ("train", "test") if train_names else ("test", "train")
-        raise EvaluationError(f"{named} names its classes and {bare} only numbers them, so they cannot be matched")
+        raise EvaluationError(
+            f"{named} names its classes and {bare} only numbers them, so they cannot be matched: put a classes.txt "
+            f"with the names beside the tars of {bare}, one a line in the order of the numbers, or pack {bare} from "
+            "class folders"
+        )
     if not train_names:
         count = int(max(train_label.max(), test_label.max())) + 1
         train_names = test_names = tuple(str(i) for i in range(count))
@@ -61,5 +65,14 @@ def match_labels(
     lost = sorted({test_names[i] for i in np.unique(test_label[~known[matched]])})
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        raise EvaluationError(f"test classes without any train image: {', '.join(lost[:5])}{more}")
+        raise EvaluationError(
+            f"test classes without any train image: {', '.join(lost[:5])}{more}{_other_case(lost, train_names)}"
+        )
     return matched.astype(np.int64), tuple(train_names)
+
+
+def _other_case(lost: Sequence[str], names: Sequence[str]) -> str:
+    """A hint, where train has one of these names in other letters."""
+    known = {name.casefold(): name for name in names}
+    pairs = [(name, known[name.casefold()]) for name in lost if known.get(name.casefold(), name) != name]
+    return f" (train has {pairs[0][1]!r}: upper and lower case make another class)" if pairs else ""

@@ -75,6 +75,14 @@ def test_new_and_replaced_shards_make_it_anew(foreign: Path) -> None:
     assert len({first.hash, second.hash, third.hash}) == 3
 
 
+def test_names_of_classes_may_come_later(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bare = load_manifest(foreign)
+    (foreign / "classes.txt").write_text("a\nb\n")
+    named = load_manifest(foreign)
+    assert (bare.classes, named.classes, named.shards) == ((), ("a", "b"), bare.shards)
+    assert load_manifest(foreign) == named and not caplog.text
+
+
 def test_replaced_by_one_of_the_same_size(foreign: Path, caplog: pytest.LogCaptureFixture) -> None:
     (foreign / "classes.txt").write_text("a\nb\n")
     first = load_manifest(foreign)

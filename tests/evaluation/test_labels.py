@@ -33,8 +33,9 @@ def test_a_listed_class_without_images_does_no_harm() -> None:
     [
         (("a", "b"), [0, 1], ("a", "x", "y"), [0, 1, 2], "without any train image: x, y"),
         (("a", "b"), [0, 0], ("a", "b"), [0, 1], "without any train image: b"),
+        (("Ant", "b"), [0, 1], ("ant", "b"), [0, 1], "image: ant .train has 'Ant': upper and lower case make"),
         ((), [0, 1], (), [5], "without any train image: 5"),
-        (("a", "b"), [0, 1], (), [0, 1], "train names its classes and test only numbers"),
+        (("a", "b"), [0, 1], (), [0, 1], "test only numbers .* classes.txt .* beside the tars of test"),
         ((), [0, 1], ("a", "b"), [0, 1], "test names its classes and train only numbers"),
         (("crane", "crane"), [0, 1], ("crane", "dog"), [0, 0], "'crane' stands for two classes"),
     ],
