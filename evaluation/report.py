@@ -20,6 +20,7 @@ from evaluation.report_inside import inside_sections
 from evaluation.report_pictures import neighbour_section, reconstruction_section, retrieval_section
 from evaluation.report_tables import bad_counts, differences, facts, outdated, protocols, score_table, test_set
 from evaluation.run_files import Run, read_run
+from evaluation.scoring_terms import unusual_terms
 from evaluation.text_lines import retrieval_words
 from evaluation.time_shares import bottleneck, draw_time_shares
 from evaluation.verdict import judge
@@ -73,6 +74,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["one_decimal"] = one_decimal
+    environment.globals["unusual_terms"] = unusual_terms
     names = [run.name for run in runs]
     single = len(runs) == 1
     rebuilt = RECONSTRUCTIONS if single else RECONSTRUCTIONS_OF_SEVERAL

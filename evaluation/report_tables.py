@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from evaluation.run_files import Run
+from evaluation.scoring_terms import alike, other_terms, unusual_terms
 from evaluation.verdict import PROBE_NAMES
 
 FLOOR_ROWS = {"untrained": "Untrained encoder", "raw_pixels": "Raw pixels", "chance": "Chance"}
@@ -51,47 +52,53 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
     probes = [probe for probe in PROBE_NAMES if any(probe in run.results for run in runs)]
     if not probes:
         return None
+    usual = {p: alike(runs, p)[0][0].results[p].get("protocol", {}) for p in probes}
     rows: list[dict[str, Any]] = [
-        {"name": run.name, "kind": "run", "cells": [_cell(run.results.get(p)) for p in probes]} for run in runs
+        {"name": run.name, "kind": "run", "cells": [_cell(run.results.get(p), usual[p], run) for p in probes]}
+        for run in runs
     ]
-    seen = set()
+    found: dict[Any, tuple[str, list[Any], list[str]]] = {}
     for run in runs:
         for floor, label in FLOOR_ROWS.items():
-            cells = [_cell(run.results.get("floors", {}).get(floor, {}).get(p)) for p in probes]
-            identity = (label, tuple(cell["top1"] if cell else None for cell in cells))
-            if any(cells) and identity not in seen:
-                seen.add(identity)
-                rows.append({"name": label, "kind": "floor", "cells": cells, "of": run.name})
-    twice = {row["name"] for row in rows if sum(row["name"] == other["name"] for other in rows) > 1}
-    for row in rows:
-        if row["kind"] == "floor" and row["name"] in twice:
-            row["name"] = f"{row['name']} ({row['of']})"
-    largest = max(cell["top1"] for row in rows for cell in row["cells"] if cell)
-    protocol = next(run.results[p]["protocol"] for run in runs for p in probes if p in run.results)
+            cells = [_cell(run.results.get("floors", {}).get(floor, {}).get(p), usual[p], run) for p in probes]
+            identity = (label, *((cell["top1"], *cell["terms"]) if cell else None for cell in cells))
+            if any(cells):
+                found.setdefault(identity, (label, cells, []))[2].append(run.name)
+    for label, cells, names in found.values():
+        whose = "" if len(names) == len(runs) else f" ({', '.join(names)})"
+        rows.append({"name": label + whose, "kind": "floor", "cells": cells})
+    largest = max((cell["top1"] for row in rows for cell in row["cells"] if cell and not cell["foreign"]), default=0)
+    protocol = usual[probes[0]]
     return {
-        "probes": [_heading(p, runs, protocol) for p in probes],
+        "probes": [_heading(p, usual[p], protocol) for p in probes],
         "rows": rows,
         "scale": max(largest, 1e-9),
         "majority": protocol.get("majority_class"),
         "classes": protocol.get("classes"),
         "images": protocol.get("test", {}).get("images"),
-        "k": next((run.results["knn"]["protocol"].get("k") for run in runs if "knn" in run.results), None),
+        "k": usual.get("knn", {}).get("k"),
     }
 
 
-def _heading(probe: str, runs: Sequence[Run], main: dict[str, Any]) -> str:
+def _heading(probe: str, own: dict[str, Any], main: dict[str, Any]) -> str:
     """A probe's name, with classes and images where they are others than those that the table's caption names."""
-    own = next(run.results[probe]["protocol"] for run in runs if probe in run.results)
-    classes, images = own.get("classes"), own.get("test", {}).get("images")
-    same = (classes, images) == (main.get("classes"), main.get("test", {}).get("images"))
-    return PROBE_NAMES[probe] + ("" if same else f" ({classes} classes, {images:,} images)")
+    classes, test = own.get("classes"), own.get("test", {})
+    images = test.get("images", 0)
+    if (classes, images) != (main.get("classes"), main.get("test", {}).get("images", 0)):
+        return f"{PROBE_NAMES[probe]} ({classes} classes, {images:,} images)"
+    same = test.get("hash") == main.get("test", {}).get("hash")
+    return PROBE_NAMES[probe] + ("" if same else f" ({images:,} other images)")
 
 
-def _cell(result: dict[str, Any] | None) -> dict[str, Any] | None:
+def _cell(result: dict[str, Any] | None, usual: dict[str, Any], run: Run) -> dict[str, Any] | None:
+    """A score; `terms`: how it was taken, where that is not as usual; `foreign`: not to be compared in its column."""
     if not result:
         return None
     low, high = result.get("interval", [result["top1"]] * 2)
-    return {"top1": result["top1"], "half": (high - low) / 2}
+    own = result.get("protocol", {})
+    other = other_terms(own, usual)
+    terms = dict.fromkeys([*other, *unusual_terms(run, own)])
+    return {"top1": result["top1"], "half": (high - low) / 2, "terms": list(terms), "foreign": bool(other)}
 
 
 def test_set(run: Run) -> dict[str, Any] | None:

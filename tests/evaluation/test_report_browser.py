@@ -73,7 +73,7 @@ def test_two_runs_of_different_kinds_by_the_command(
         "Retrieval", "Where the settings differ",
     ):  # fmt: skip
         assert heading in headings, heading
-    assert "kNN: not on the same images, so these are not to be compared" in found.pages[PHONE].text
+    assert "kNN: not scored alike, so these are not to be compared" in found.pages[PHONE].text
     assert LONG in headings and "mae" in headings
     assert any("Setting" in table for table in found.pages[PHONE].scrolling)
     assert found.pages[DESK].images > 100

@@ -1,0 +1,62 @@
+"""On what terms a score was taken (images, k, crop, pool, precision), and what of it is other than elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluation.run_files import Run
+
+Protocol = Mapping[str, Any]
+OF_ENCODER = {"crop": "image_size", "pool": "pool"}
+
+
+def other_terms(own: Protocol, main: Protocol) -> list[str]:
+    """What differs between two protocols of one probe, as that of `own` in a few words; [] if they are alike.
+
+    Scores are compared when they were taken on the same test images and classes, after learning from the same train
+    images, with the same k, crop, pool and precision. What a protocol does not say is taken to be the same.
+    """
+    told = []
+    test = own.get("test", {})
+    if _differ(_of(own, "test"), _of(main, "test")) or _differ(own.get("classes"), main.get("classes")):
+        told.append(f"{test['images']:,} other images" if "images" in test else "other images")
+        if _differ(own.get("classes"), main.get("classes")):
+            told.append(f"{own['classes']:,} classes")
+    elif _differ(_of(own, "train"), _of(main, "train")):
+        images = own["train"].get("images")
+        told.append("learnt from other images" if images is None else f"learnt from {images:,} other images")
+    return told + _settings(own, main)
+
+
+def unusual_terms(run: Run, own: Protocol) -> list[str]:
+    """In what a score of a run was not taken as `trivit evaluate` does it unasked, in a few words (k: in headings)."""
+    usual = {"precision": "float32", **{term: run.get(f"model.encoder.{name}") for term, name in OF_ENCODER.items()}}
+    return _settings(own, usual)
+
+
+def alike(runs: Sequence[Run], probe: str) -> list[list[Run]]:
+    """The runs that have this score, in groups that can be compared; the largest group first."""
+    groups: list[list[Run]] = []
+    for run in (each for each in runs if probe in each.results):
+        own = run.results[probe].get("protocol", {})
+        near = (group for group in groups if not other_terms(own, group[0].results[probe].get("protocol", {})))
+        if (group := next(near, None)) is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    return sorted(groups, key=lambda group: -len(group))
+
+
+def _of(protocol: Protocol, which: str) -> Any:
+    return protocol.get(which, {}).get("hash", protocol.get(which, {}).get("images"))
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return a is not None and b is not None and a != b
+
+
+def _settings(own: Protocol, main: Protocol) -> list[str]:
+    words = {"k": "k = {}", "crop": "{} px", "resize": "resized to {} px", "pool": "pool {}", "precision": "{}"}
+    other = [name for name in words if _differ(own.get(name), main.get(name))]
+    if "crop" in other and "resize" in other:  # it follows the crop
+        other.remove("resize")
+    return [words[name].format(own[name]) for name in other]
