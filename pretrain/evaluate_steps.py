@@ -5,6 +5,7 @@ evaluations/.newest-*/                   while it is evaluated: that checkpoint 
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.errors import EvaluationError
-from pretrain.checkpoint_files import LAST
+from pretrain.checkpoint_files import LAST, remove
 from pretrain.checkpoints import read_checkpoint
+from pretrain.errors import RunError
 from tasks.encoder_files import checkpoint_path
+from tasks.errors import TaskError
 
 FOLDER, HELD = "evaluations", ".newest-"
 DAY = 24 * 3600.0
-TRIES, PAUSE = 5, 0.2  # a folder that takes the place of another one is moved in two renames
+TRIES, PAUSE = 5, 0.2  # a folder takes the place of another one in two renames, and one is removed file by file
+GONE = (errno.ENOENT, errno.ESTALE)
 
 
 def evaluate_step(run: Path, evaluate: Callable[..., Any], **options: Any) -> Path:
@@ -34,14 +38,14 @@ def evaluate_step(run: Path, evaluate: Callable[..., Any], **options: Any) -> Pa
         options: of it, besides source, output and called.
 
     Raises:
-        EvaluationError, TaskError, RunError: as `evaluate`; this is no run's folder; several processes were started.
+        EvaluationError, TaskError: as `evaluate`; this is no run's folder, or has no checkpoint that can be read;
+            several processes were started.
     """
     if not (run / "config.yaml").is_file():
         raise EvaluationError(f"--by-step needs a run's folder, and {run} has no config.yaml")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise EvaluationError("--by-step is for one process: start it without torchrun")
-    with held(run) as checkpoint:
-        step = int(read_checkpoint(checkpoint)["global_step"])
+    with held(run) as (checkpoint, step):
         output = run / FOLDER / f"step_{step:08d}"
         if (output / "results.json").is_file():
             print(f"step {step:,} was evaluated before: {output / 'results.json'}")
@@ -52,8 +56,8 @@ def evaluate_step(run: Path, evaluate: Callable[..., Any], **options: Any) -> Pa
 
 
 @contextlib.contextmanager
-def held(run: Path) -> Iterator[Path]:
-    """The newest checkpoint elsewhere, for a while: training may replace it, an evaluation reads it often.
+def held(run: Path) -> Iterator[tuple[Path, int]]:
+    """The newest checkpoint elsewhere, and its step: training may replace it, an evaluation reads it more than once.
 
     It lies in a folder that looks like the run's, since its config says how captions were made, and that is of this
     evaluation alone: a watch job and a user may evaluate at once.
@@ -70,20 +74,27 @@ def held(run: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _hold(run: Path, place: Path) -> Path:
+def _hold(run: Path, place: Path) -> tuple[Path, int]:
     copy = place / "checkpoints" / LAST
     copy.parent.mkdir()
-    _link(run / "config.yaml", place / "config.yaml")
-    for attempt in range(1, TRIES + 1):
-        newest = checkpoint_path(run)
+    _keep(run / "config.yaml", place / "config.yaml")
+    tries = TRIES
+    while True:
+        tries -= 1
         try:
-            _link(newest, copy)
-            break
-        except FileNotFoundError:
-            if attempt == TRIES:
+            _keep_all(checkpoint_path(run), copy)
+            return copy, int(read_checkpoint(copy)["global_step"])
+        except TaskError:
+            if not tries:
                 raise
-            time.sleep(PAUSE)
-    return copy
+        except (OSError, RunError) as error:
+            if isinstance(error, OSError) and error.errno not in GONE:
+                raise
+            if not tries:
+                last = run / "checkpoints" / LAST
+                raise EvaluationError(f"{last} is damaged: evaluate the next one, or restore a copy") from error
+        remove(copy)
+        time.sleep(PAUSE)
 
 
 @contextlib.contextmanager
@@ -116,15 +127,29 @@ def _lock(place: Path) -> Path:
     return place / f"{platform.node()}.lock"
 
 
-def _link(path: Path, copy: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(copy, ignore_errors=True)  # of the try before
-        copy.mkdir()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        target = copy / file.name if path.is_dir() else copy
-        try:
-            os.link(file, target)
-        except FileNotFoundError:
-            raise
-        except OSError:  # not every file system has hard links
-            shutil.copyfile(file, target)
+def _keep_all(path: Path, copy: Path) -> None:
+    """A checkpoint of either kind under another name; never files of two steps, perhaps not all of one."""
+    if not path.is_dir():
+        _keep(path, copy)
+        return
+    copy.mkdir()
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)  # the same one also when another takes its name
+    try:
+        for name in os.listdir(folder):  # noqa: PTH208 (there is no path to it)
+            _keep(name, copy / name, folder)
+    finally:
+        os.close(folder)
+
+
+def _keep(path: str | Path, copy: Path, folder: int | None = None) -> None:
+    """A file, of the open folder if there is one."""
+    try:
+        os.link(path, copy, src_dir_fd=folder)
+    except FileNotFoundError:
+        raise
+    except OSError:  # not every file system has hard links
+        with (
+            open(path, "rb", opener=lambda name, flags: os.open(name, flags, dir_fd=folder)) as file,
+            copy.open("wb") as kept,
+        ):
+            shutil.copyfileobj(file, kept, 1 << 20)

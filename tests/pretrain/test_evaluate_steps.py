@@ -1,5 +1,6 @@
 """Scores of a run at its steps."""
 
+import errno
 import json
 import os
 import platform
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.errors import EvaluationError
 from evaluation.results_file import run_of
-from pretrain.checkpoint_files import LAST, PART, put_in_place
+from pretrain.checkpoint_files import LAST, PART, PREVIOUS, put_in_place, remove
 from pretrain.cli import main
 from pretrain.evaluate_steps import DAY, FOLDER, held
+from tasks.errors import TaskError
 from tests.pretrain.conftest import pretrain
 from tests.pretrain.test_checkpoint_files import KINDS, read, write
 
@@ -63,10 +66,10 @@ def saved(run: Path, step: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_that_is_evaluated_stays_when_training_replaces_it(kind: str, tmp_path: Path) -> None:
     begun(tmp_path, 1, kind)
-    with held(tmp_path) as copy:
+    with held(tmp_path) as (copy, at):
         for step in (2, 3, 4):
             saved(tmp_path, step, kind)
-        assert read(copy) == 1 and read(tmp_path / "checkpoints" / LAST) == 4
+        assert read(copy) == at == 1 and read(tmp_path / "checkpoints" / LAST) == 4
         run = run_of(copy)
         assert run is not None and (run / "config.yaml").read_text() == (tmp_path / "config.yaml").read_text()
     assert not any((tmp_path / FOLDER).iterdir())
@@ -75,11 +78,61 @@ def test_a_checkpoint_that_is_evaluated_stays_when_training_replaces_it(kind: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluations_at_once_leave_each_other_alone(kind: str, tmp_path: Path) -> None:
     begun(tmp_path, 1, kind)
-    with held(tmp_path) as first:
+    with held(tmp_path) as (first, _):
         saved(tmp_path, 2, kind)
-        with held(tmp_path) as second:
+        with held(tmp_path) as (second, _):
             assert (read(first), read(second)) == (1, 2)
         assert read(first) == 1
+    assert not any((tmp_path / FOLDER).iterdir())
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
+@pytest.mark.parametrize("saves", [1, 2], ids=["moved", "removed"])
+def test_a_folder_that_is_replaced_between_two_of_its_files_is_not_mixed(
+    saves: int, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(tmp_path, 1, "folder")
+    link, linked = os.link, 0
+
+    def meanwhile(source: str, target: Path, **where: int) -> None:
+        nonlocal linked
+        linked += str(source).endswith(".pt")
+        if linked == 2:
+            for step in range(2, 2 + saves):
+                saved(tmp_path, step, "folder")
+        if not links:
+            raise OSError(errno.EPERM, "no links here")
+        link(source, target, **where)
+
+    monkeypatch.setattr(os, "link", meanwhile)
+    with held(tmp_path) as (copy, step):
+        assert read(copy) == step == (1 if saves == 1 else 3)
+
+
+def test_what_is_there_in_part_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(tmp_path, 1, "folder")
+    last = tmp_path / "checkpoints" / LAST
+    pauses: list[float] = []
+
+    def replaced(pause: float) -> None:
+        pauses.append(pause)
+        remove(last)
+        write(last, 1 + len(pauses), "folder")
+
+    monkeypatch.setattr(time, "sleep", replaced)
+    (last / "shard_00000.pt").unlink()  # it is being removed
+    with held(tmp_path) as (copy, step):
+        assert read(copy) == step == 2
+    last.rename(last.with_name(PREVIOUS))  # the next one has not its name yet
+    with held(tmp_path) as (copy, step):
+        assert read(copy) == step == 3 and len(pauses) == 2
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    (last / "shard_00000.pt").unlink()
+    with pytest.raises(EvaluationError, match=f"^{last} is damaged: "), held(tmp_path):
+        pass
+    remove(last)
+    with pytest.raises(TaskError, match=r"no checkpoints/last.ckpt"), held(tmp_path):
+        pass
     assert not any((tmp_path / FOLDER).iterdir())
 
 
