@@ -61,7 +61,7 @@ def test_what_cannot_work_is_found_and_told(drawn: Path, tmp_path: Path, capsys:
 
 
 def test_a_run_that_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    small = doctor_module.gpu_called("t4")._replace(memory=0.003)
+    small = doctor_module.gpu_called("t4")._replace(memory=0.0024)
     monkeypatch.setattr(doctor_module, "gpu_called", lambda name: small)
     code, said = doctor(capsys, *SMALL, "--gpu", "tiny", "--data.global_batch_size", "64")
     found = re.search(r"It does not fit: --data.device_batch_size (\d+) or less", said)

@@ -126,7 +126,7 @@ def test_an_ill_dino_is_named(run: Run, which: int, changes: list[Any], names: s
         return
     page = report([folder]).read_text()
     assert 'class="verdict bad"' in page and "Usual remedy: " in page
-    assert page.index("Usual remedy") < page.index("<h2>Health</h2>") < page.index("<h2>Scores</h2>")
+    assert page.index("Usual remedy") < page.index("<h2>Scores</h2>") < page.index("<h2>Health</h2>")
     assert "Prototypes in use over optimiser steps" in page and "64 if all are used alike." in page
 
 
