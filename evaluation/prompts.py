@@ -76,9 +76,12 @@ def read_templates(templates: str | Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(templates, str):
         try:
             lines = Path(templates).expanduser().read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise EvaluationError(f"the templates {templates} are no UTF-8 text: save them as such") from error
+        except OSError as error:
             raise EvaluationError(
-                f"cannot read the templates {templates} (imagenet, simple, or a file): {error}"
+                f"cannot read the templates {templates} ({error.strerror}): give imagenet, simple, or a file with one "
+                "template on each line"
             ) from error
         templates = [line.strip() for line in lines if line.strip()]
     wrong = [template for template in templates if template.count("{}") != 1]

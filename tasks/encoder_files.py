@@ -217,7 +217,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise TaskError(f"cannot read {path}: {error}") from error
+        raise TaskError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot read {path}: {error.strerror or error}"
+    return f"cannot read {path}: it is damaged, cut off, or no safetensors file; export or download it anew ({error})"
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -226,7 +232,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise TaskError(f"cannot read {path}: {error}") from error
+        raise TaskError(_unreadable(path, error)) from error
 
 
 def _exported_config(metadata: dict[str, str], path: Path) -> EncoderConfig:

@@ -161,8 +161,6 @@ def _check_place(path: Path, format: Format) -> None:
     """TaskError unless `path` is free for an export of that format, or holds an earlier one of ours."""
     if format not in get_args(Format):
         raise TaskError(f"unknown format {format!r}: use one of {', '.join(get_args(Format))}")
-    if not path.parent.is_dir():
-        raise TaskError(f"cannot write {path}: the folder {path.parent} does not exist")
     suffix = _SUFFIXES.get(format)
     if suffix is not None and path.suffix != suffix:
         raise TaskError(f"cannot write {path}: the name of an export in this format ends in {suffix}")
@@ -196,7 +194,7 @@ def _aside(path: Path) -> Iterator[Path]:
     """A place to write `path` to, beside it; when all went well, everything written there takes its place."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         yield folder / path.name
         for entry in folder.rglob("*"):
             if entry.is_file():  # safetensors writes for its owner's eyes only; who may read is the umask's to say

@@ -37,8 +37,11 @@ def test_templates_from_a_file(tmp_path):
     (tmp_path / "t.txt").write_text("\n")
     with pytest.raises(EvaluationError, match="there are no templates"):
         make_prompts(["cat"], str(tmp_path / "t.txt"))
-    with pytest.raises(EvaluationError, match="cannot read the templates"):
+    with pytest.raises(EvaluationError, match=r"cannot read the templates .*nowhere.txt \(No such.*\): give imagenet"):
         make_prompts(["cat"], str(tmp_path / "nowhere.txt"))
+    (tmp_path / "t.txt").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(EvaluationError, match="no UTF-8 text: save them as such"):
+        make_prompts(["cat"], str(tmp_path / "t.txt"))
 
 
 def test_classes_without_names(tmp_path):

@@ -20,8 +20,9 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("format", "name", "more"),
-    [("safetensors", "out.safetensors", []), ("safetensors", "whole.safetensors", ["--whole"]), ("timm", "out", [])],
-)
+    [("safetensors", "out.safetensors", []), ("safetensors", "whole.safetensors", ["--whole"]), ("timm", "out", []),
+     ("safetensors", "new/folder/out.safetensors", []), ("timm", "new/out", [])],
+)  # fmt: skip
 def test_what_was_exported_was_read_back(
     format: str, name: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

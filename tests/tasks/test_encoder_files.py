@@ -127,6 +127,7 @@ def test_damaged_files_are_one_clear_line(name, content, tmp_path):
     with pytest.raises(TaskError, match="cannot read") as caught:
         load_encoder(tmp_path / name)
     assert "\n" not in str(caught.value)
+    assert name != "x.safetensors" or "no safetensors file; export or download it anew" in str(caught.value)
 
 
 def test_truncated_checkpoint_is_one_clear_line(tmp_path):
