@@ -1,5 +1,6 @@
 """What the numbers of a run mean, in plain words: does it learn, and are the scores above their floors?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,10 +11,11 @@ from evaluation.ranks import one_decimal
 from evaluation.run_files import Run
 
 FLOORS = {"raw_pixels": "raw pixels", "untrained": "the untrained encoder", "chance": "chance"}
+LARGEST = "always naming the largest class"
 PROBE_NAMES = {"knn": "kNN", "linear": "Linear probe", "zeroshot": "Zero-shot"}
 HEADLINES: dict[State, str] = {
     "early": "Too early to say anything.",
-    "learning": "It learns; nothing has been scored yet.",
+    "learning": "It learns.",
     "plateau": "Plateau: the loss stays at ln(K), nothing is being learnt.",
     "one point": "Collapsed to one point: the same is said about every image.",
     "uniform": "Collapsed to uniform: nothing is said about any image.",
@@ -34,11 +36,12 @@ class Verdict:
 
 
 class Comparison(NamedTuple):
-    """A probe against its floors: how it stands, the sentence that says so, and the same in a few words."""
+    """A probe against its floors: how it stands, a sentence of it, a few words of it, what it is not clearly above."""
 
     level: Literal["above", "near", "below", "unknown"]
     text: str
     short: str
+    not_above: tuple[str, ...] = ()
 
 
 def judge(run: Run) -> Verdict:
@@ -47,56 +50,61 @@ def judge(run: Run) -> Verdict:
     details = [_progress(run), health.reason, *([f"Usual remedy: {health.remedy}."] if health.remedy else [])]
     above = [compare(run.results, probe) for probe in PROBE_NAMES if probe in run.results]
     details += [comparison.text for comparison in above]
-    levels, learns = {comparison.level for comparison in above}, health.state == "learning"
+    levels = {comparison.level for comparison in above}
+    learns = _learns(run) if health.state == "learning" else ""
     if health.ill:
         return Verdict("bad", HEADLINES[health.state], tuple(details))
     if not above:
-        headline = HEADLINES[health.state]
+        headline = f"{learns}; nothing has been scored yet." if learns else HEADLINES[health.state]
         return Verdict("fair", headline, (*details, "trivit evaluate tells what the features are worth."))
     if levels == {"above"}:
         headline = "the features are clearly better than raw pixels and than an untrained encoder."
-        return Verdict("good", f"It learns: {headline}" if learns else headline.capitalize(), tuple(details))
-    if "above" in levels:
+        return Verdict("good", f"{learns}: {headline}" if learns else headline.capitalize(), tuple(details))
+    if "above" in levels or (len(levels) > 1 and "unknown" in levels):
         told = ", ".join(comparison.short for comparison in sorted(above, key=lambda c: c.level != "above"))
-        return Verdict("fair", f"{'It learns; the' if learns else 'The'} probes disagree: {told}.", tuple(details))
+        return Verdict("fair", f"{f'{learns}; the' if learns else 'The'} probes disagree: {told}.", tuple(details))
     if levels == {"unknown"}:
         return Verdict("fair", "There are scores, but no floors to compare them with.", tuple(details))
     if health.state == "early":  # no better is to be expected of them yet
         return Verdict("fair", HEADLINES["early"], tuple(details))
-    return Verdict(
-        "bad", "The features are not clearly better than raw pixels or an untrained encoder.", tuple(details)
-    )
+    unpassed = list(dict.fromkeys(label for comparison in above for label in comparison.not_above))
+    return Verdict("bad", f"The features are not clearly better than {_listed(unpassed, 'or')}.", tuple(details))
 
 
 def compare(results: dict[str, Any], probe: str) -> Comparison:
     """Where a probe's top-1 lies against its floors.
 
-    "above": clearly above every floor, "below": clearly below one, "near": neither. Clearly means that the 95% interval
-    of the difference of the two proportions leaves out 0 (Newcombe 1998, method 10, made of the two scores' Wilson
-    intervals). Both are taken on the same test images, which this does not use; the rule errs towards "near".
+    "above": clearly above every floor and what always naming the largest class of train gives, which needs no scoring;
+    "below": clearly below one of them; "near": neither; "unknown": above the largest class, without floors. Clearly
+    means that the 95% interval of the difference of the two proportions leaves out 0 (Newcombe 1998, method 10, made of
+    the two scores' Wilson intervals). Both are taken on the same test images, which this does not use; the rule errs
+    towards "near".
     """
     score, name = results[probe]["top1"], PROBE_NAMES[probe]
     of_floors = {label: results.get("floors", {}).get(floor, {}).get(probe) for floor, label in FLOORS.items()}
     known = {label: result for label, result in of_floors.items() if result is not None}
-    if not known:
-        text = f"{name}: {one_decimal(score)}% of the test images get the right class."
-        return Comparison("unknown", text, f"{SHORT[probe]} without floors")
-    sides = {label: side_of(results[probe], floor) for label, floor in known.items()}
+    compared = dict(known)
+    if (majority := results[probe].get("protocol", {}).get("majority_class")) is not None:
+        compared[LARGEST] = {"top1": majority}
+    sides = {label: side_of(results[probe], floor) for label, floor in compared.items()}
     parts = []
-    for label, floor in known.items():
+    for label, floor in compared.items():
         value = one_decimal(floor["top1"])
         if not sides[label]:
             parts.append(f"about the same as {label} ({value})")
         else:
             points = one_decimal(abs(score - floor["top1"]))
             parts.append(f"{points} points {'above' if sides[label] > 0 else 'below'} {label} ({value})")
-    text = f"{name}: {one_decimal(score)}% of the test images get the right class, {' and '.join(parts)}."
-    below = [label for label, side in sides.items() if side < 0]
-    near = [label for label, side in sides.items() if side == 0]
+    first = f"{name}: {one_decimal(score)}% of the test images get the right class"
+    text = ", ".join([first, *([_listed(parts, "and")] if parts else [])]) + "."
+    below = tuple(label for label, side in sides.items() if side < 0)
+    near = tuple(label for label, side in sides.items() if side == 0)
     if below:
-        return Comparison("below", text, f"{SHORT[probe]} below {' and '.join(below)}")
+        return Comparison("below", text, f"{SHORT[probe]} below {' and '.join(below)}", (*below, *near))
     if near:
-        return Comparison("near", text, f"{SHORT[probe]} not clearly above {' and '.join(near)}")
+        return Comparison("near", text, f"{SHORT[probe]} not clearly above {' and '.join(near)}", near)
+    if not known:
+        return Comparison("unknown", text, f"{SHORT[probe]} without floors")
     return Comparison("above", text, f"{SHORT[probe]} above the floors")
 
 
@@ -108,6 +116,16 @@ def side_of(result: dict[str, Any], floor: dict[str, Any]) -> int:
     if difference - np.hypot(result["top1"] - low, floor_high - floor["top1"]) > 0:
         return 1
     return -1 if difference + np.hypot(high - result["top1"], floor["top1"] - floor_low) < 0 else 0
+
+
+def _listed(names: Sequence[str], word: str) -> str:
+    return f" {word} ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
+def _learns(run: Run) -> str:
+    """That it learns, and since when, where that is less than one pass over the images."""
+    epochs = run.metrics.get("epoch", np.array([1.0]))[-1]
+    return "It learns" if not epochs < 1 else f"It learns so far (after {epochs:.2g} epochs)"
 
 
 def _progress(run: Run) -> str:

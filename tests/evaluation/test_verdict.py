@@ -26,7 +26,7 @@ def results(top1: float, raw: float, untrained: float) -> dict[str, Any]:
     ],
 )
 def test_scores_against_their_floors(top1: float, level: str, words: tuple[str, ...]) -> None:
-    found, text, _ = compare(results(top1, 15.1, 12.2), "knn")
+    found, text, *_ = compare(results(top1, 15.1, 12.2), "knn")
     assert found == level
     assert all(word in text for word in words)
 
@@ -41,12 +41,35 @@ def test_a_floor_is_uncertain_too() -> None:
     found = results(17.0, 15.1, 12.2)
     assert compare(found, "knn").level == "above"
     found["floors"]["raw_pixels"]["knn"]["interval"] = [13.6, 16.7]
-    assert compare(found, "knn")[::2] == ("near", "kNN not clearly above raw pixels")
+    assert compare(found, "knn")[:3:2] == ("near", "kNN not clearly above raw pixels")
     low = {key: {**value} for key, value in found.items()}
     low["knn"] = {"top1": 13.0, "interval": [11.6, 14.5]}
     assert compare(low, "knn").level == "near"
     low["knn"] = {"top1": 12.5, "interval": [11.1, 14.0]}
-    assert compare(low, "knn")[::2] == ("below", "kNN below raw pixels")
+    assert compare(low, "knn")[:3:2] == ("below", "kNN below raw pixels")
+
+
+def test_the_largest_class_is_a_floor_that_every_score_has(run: Run) -> None:
+    alone: dict[str, Any] = {"knn": {"top1": 12.5, "interval": [9, 18], "protocol": {"majority_class": 11.0}}}
+    found = compare(alone, "knn")
+    assert found.level == "near" and "about the same as always naming the largest class (11.0)." in found.text
+    verdict = judge(replace(run, results=alone))
+    assert verdict.tone == "bad"
+    assert verdict.headline == "The features are not clearly better than always naming the largest class."
+    alone["knn"]["protocol"]["majority_class"] = 5.0
+    assert compare(alone, "knn").level == "unknown"
+    assert "right class, 7.5 points above always naming the largest class (5.0)." in compare(alone, "knn").text
+    assert judge(replace(run, results=alone)).headline == "There are scores, but no floors to compare them with."
+    skewed = results(85.0, 70.0, 71.0)
+    skewed["knn"]["protocol"] = {"majority_class": 90.0}
+    found = compare(skewed, "knn")
+    assert found.level == "below" and "(70.0), 14.0 points above the untrained encoder (71.0) and 5.0 points below" in (
+        found.text
+    )
+    both = {**alone, "linear": {"top1": 5.5, "interval": [3, 9], "protocol": {"majority_class": 5.0}}}
+    assert judge(replace(run, results=both)).headline.endswith(
+        "probes disagree: kNN without floors, linear not clearly above always naming the largest class."
+    )
 
 
 @pytest.fixture
@@ -88,3 +111,11 @@ def test_one_probe_above_is_fair(run: Run) -> None:
     assert (verdict.tone, verdict.headline) == (
         "fair", "It learns; the probes disagree: linear above the floors, kNN below raw pixels.",
     )  # fmt: skip
+
+
+def test_a_run_of_less_than_one_epoch_is_told_to_learn_so_far(run: Run) -> None:
+    begun = replace(run, metrics={**run.metrics, "epoch": run.metrics["epoch"] / 41})
+    assert judge(begun).headline == "It learns so far (after 0.49 epochs); nothing has been scored yet."
+    good = judge(replace(begun, results=results(30.0, 15.1, 12.2)))
+    assert good.headline.startswith("It learns so far (after 0.49 epochs): the features are clearly")
+    assert judge(run).headline == "It learns; nothing has been scored yet."
