@@ -152,17 +152,18 @@ class DINOTask(PretrainTask):
         """Temperature of the teacher in an epoch."""
         return ramp(epoch, self.warmup_teacher_temp_epochs, self.warmup_teacher_temp, self.teacher_temp)
 
-    def check_schedule(self, total: int, steps_per_epoch: int) -> None:
-        """Raises TaskError for a phase that is not shorter than the run of `total` optimiser steps."""
-        super().check_schedule(total, steps_per_epoch)
+    def too_long(self, total: int, steps_per_epoch: int) -> dict[str, tuple[str, str]]:
+        """The phases that are not shorter than a run of `total` optimiser steps, and values that would do."""
+        faults = super().too_long(total, steps_per_epoch)
         for name in ("freeze_last_layer_epochs", "head_warmup_epochs", "warmup_teacher_temp_epochs"):
             epochs: float = getattr(self, name)
             steps = epochs * steps_per_epoch
-            if steps > total or (steps == total and "teacher_temp" not in name):
-                raise TaskError(
-                    f"model.{name} {epochs:g} ({steps:g} steps) is not shorter than the run of {total} steps: shorten "
-                    f"it by --model.{name}"
-                )
+            whole = name == "warmup_teacher_temp_epochs"  # it rises between epochs only, and may do so up to the end
+            if steps > total or (steps == total and not whole):
+                wrong = f"model.{name} {epochs:g} ({steps:g} steps) is not shorter than the run of {total} steps"
+                tenth = 0.1 * total / steps_per_epoch
+                faults[name] = wrong, f"{int(tenth)}" if whole else f"{tenth:.2g}"
+        return faults
 
     @property
     def blocks(self) -> list[nn.Module]:

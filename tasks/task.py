@@ -145,16 +145,22 @@ class PretrainTask(pl.LightningModule):
         return self.build_optimizer(groups, lr=rate, fused=fused, foreach=None if fused else True)
 
     def check_schedule(self, total: int, steps_per_epoch: int) -> None:
-        """Raises TaskError for a warm-up that is not shorter than the run of `total` optimiser steps."""
+        """Raises TaskError for phases that are not shorter than the run of `total` optimiser steps, all at once."""
+        if faults := self.too_long(total, steps_per_epoch):
+            told = "; ".join(fault for fault, _ in faults.values())
+            values = " ".join(f"--model.{name} {value}" for name, (_, value) in faults.items())
+            raise TaskError(f"{told}; shorten {'it' if len(faults) == 1 else 'them'}, for example {values}")
+
+    def too_long(self, total: int, steps_per_epoch: int) -> dict[str, tuple[str, str]]:
+        """Setting -> what is wrong with it in a run of `total` optimiser steps, and a value that would do."""
         warmup = self.warmup(steps_per_epoch)
-        if warmup >= total:
-            name, value, tenth = "warmup_steps", warmup, f"{total // 10}"
-            if self.warmup_epochs is not None:
-                name, value, tenth = "warmup_epochs", self.warmup_epochs, f"{0.1 * total / steps_per_epoch:.2g}"
-            raise TaskError(
-                f"model.{name} {value:g}: a warm-up of {warmup:g} steps is not shorter than the run of {total} steps; "
-                f"shorten it, for example --model.{name} {tenth}"
-            )
+        if warmup < total:
+            return {}
+        name, value, tenth = "warmup_steps", warmup, f"{total // 10}"
+        if self.warmup_epochs is not None:
+            name, value, tenth = "warmup_epochs", self.warmup_epochs, f"{0.1 * total / steps_per_epoch:.2g}"
+        of = f"of {warmup:g} steps is not shorter than the run of {total} steps"
+        return {name: (f"model.{name} {value:g}: a warm-up {of}", tenth)}
 
     def check_trainer(self, trainer: pl.Trainer) -> None:
         """Raises TaskError for what a trainer, before it begins, would do that the task cannot bear."""

@@ -302,6 +302,16 @@ def test_what_a_run_contradicts(changes: dict[str, Any], settings: dict[str, Any
         fit(tiny_task(**changes), 4, **settings)
 
 
+def test_all_phases_that_are_too_long_are_told_at_once_with_values_that_work() -> None:
+    phases = {"warmup_epochs": 10.0, "freeze_last_layer_epochs": 1.0, "warmup_teacher_temp_epochs": 30}
+    with pytest.raises(TaskError, match=r"warm-up of 1500 .*; model.freeze.*; model.warmup_t.*; shorten") as caught:
+        tiny_task(**phases).check_schedule(60, 150)
+    words = str(caught.value).partition("for example ")[2].replace("--model.", "").split()
+    proposed = {name: float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert list(proposed) == list(phases)
+    tiny_task(**proposed).check_schedule(60, 150)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"teacher_temp": 0}, {"teacher_momentum": 1.5}, {"clip_grad": -1}, {"init_encoder": "a", "init_checkpoint": "b"}],
