@@ -39,7 +39,7 @@ def _ahead(row: Row) -> float:
 
 
 def attribute_sentences(rows: list[Row]) -> list[str]:
-    """What the features know and what not, a sentence each."""
+    """What the features know and what not, and what training has lost, a sentence each; nothing twice."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         groups.setdefault(row.not_above, []).append(row.name)
@@ -48,7 +48,12 @@ def attribute_sentences(rows: list[Row]) -> list[str]:
     told = [f"The features know {_listed(known)}: clearly better than {' and '.join(scored)}."] if known else [
         f"The features know no attribute clearly better than {' and '.join(scored)}."
     ]  # fmt: skip
-    return told + [f"Not better than {' and '.join(floors)}: {_listed(names)}." for floors, names in groups.items()]
+    if len(groups.get(tuple(scored), [])) < len(rows):  # else the first sentence has said it
+        told += [f"Not better than {' and '.join(floors)}: {_listed(names)}." for floors, names in groups.items()]
+    worse = [row.name for row in rows if row.floors[0] and side_of(row.features, row.floors[0]) < 0]
+    if worse:
+        told.append(f"Clearly worse than {FLOORS[COLUMNS[0]]}: {_listed(worse)}.")
+    return told
 
 
 def attribute_summary(results: Mapping[str, Any]) -> str:

@@ -94,7 +94,16 @@ def test_without_floors_chance_is_the_floor() -> None:
     assert attribute_sentences(rows) == [
         "The features know shape: clearly better than chance.", "Not better than chance: tilt.",
     ]  # fmt: skip
-    assert attribute_sentences(rows[1:])[0] == "The features know no attribute clearly better than chance."
+    assert attribute_sentences(rows[1:]) == ["The features know no attribute clearly better than chance."]
+
+
+def test_features_that_know_nothing_are_told_so_once_and_what_got_worse() -> None:
+    floor = {"attributes": {"of": {"shape": result(12), "tilt": result(34)}}}
+    found = {"attributes": {"of": {"shape": result(12), "tilt": result(20)}}}
+    assert attribute_sentences(attribute_rows({**found, "floors": {"untrained": floor, "raw_pixels": floor}})) == [
+        "The features know no attribute clearly better than the untrained encoder and raw pixels.",
+        "Clearly worse than the untrained encoder: tilt.",
+    ]
 
 
 def test_drawn_images_have_seven_attributes(
