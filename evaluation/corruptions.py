@@ -1,8 +1,10 @@
 """Twelve ways to spoil an image, in five severities, in the manner of ImageNet-C.
 
-Hendrycks and Dietterich 2019 (arXiv:1903.12261): noise, blur, weather and digital corruptions of the test images, their
-strengths as there for images of 224 px; lengths in pixels follow the image size. Written anew on tensors, so that the
-numbers are not to be set beside those on the files of ImageNet-C; glass blur, snow and frost are left out.
+Hendrycks and Dietterich 2019 (arXiv:1903.12261): noise, blur, weather and digital corruptions of the test images.
+Strengths of noise, defocus, fog, contrast, pixelation and JPEG are those of ImageNet-C for images of 224 px; motion
+blur (a box, there a Gaussian), zoom, brightness (of RGB, there of HSV's value) and elastic are like them, not the
+same. Lengths in pixels follow the image size. Glass blur, snow and frost are left out. So the numbers are not to be
+set beside those on the files of ImageNet-C.
 
 Axes: b = images, c = channels, s = side in pixels.
 """
@@ -60,16 +62,17 @@ def _defocus_blur(images: Tensor, level: int, _: Generator) -> Tensor:
 
 
 def _motion_blur(images: Tensor, level: int, generator: Generator) -> Tensor:
-    length, angle = (
-        _pixels((10, 15, 20, 25, 30)[level], images),
-        float(torch.rand(1, generator=generator, device=images.device)),
-    )
+    length = _pixels((10, 15, 20, 25, 30)[level], images)
     reach = max(1, math.ceil(length / 2))
-    kernel = torch.zeros(2 * reach + 1, 2 * reach + 1, device=images.device)
-    for place in np.linspace(-length / 2, length / 2, 4 * reach + 1):
-        x, y = place * math.cos(math.pi * angle), place * math.sin(math.pi * angle)
-        kernel[reach + round(y), reach + round(x)] += 1
-    return _filter(images, kernel)
+    angles = torch.rand(len(images), generator=generator, device=images.device).tolist()
+    blurred = []
+    for image, angle in zip(images, angles, strict=True):
+        kernel = torch.zeros(2 * reach + 1, 2 * reach + 1)
+        for place in np.linspace(-length / 2, length / 2, 4 * reach + 1):
+            x, y = place * math.cos(math.pi * angle), place * math.sin(math.pi * angle)
+            kernel[reach + round(y), reach + round(x)] += 1
+        blurred.append(_filter(image[None], kernel.to(images.device)))
+    return torch.cat(blurred)
 
 
 def _zoom_blur(images: Tensor, level: int, _: Generator) -> Tensor:

@@ -39,7 +39,8 @@ class FinetuneRecipe(Recipe):
         self._augment: Any = None
         if randaugment:
             about = {
-                "translate_const": round(0.45 * crop_size),
+                "translate_const": int(0.45 * crop_size),
+                "interpolation": Image.Resampling.BICUBIC,
                 "img_mean": tuple(round(255 * value) for value in mean),
             }
             try:

@@ -1,7 +1,9 @@
 """A linear probe on patch tokens for dense labels: which class each pixel belongs to, scored by mean IoU.
 
-Oquab et al. 2023 (arXiv:2304.07193, section 7.4, "linear"): BatchNorm and one 1 x 1 convolution on the frozen patch
-tokens of the last block, logits stretched bilinearly to the pixels; AdamW, batch 16, 40,000 steps, polynomial decay.
+After Oquab et al. 2023 (arXiv:2304.07193, section 7.4, "linear"): BatchNorm and one 1 x 1 convolution on the frozen
+patch tokens of the last block, logits stretched bilinearly to the pixels; AdamW, batch 16, 40,000 steps, polynomial
+decay. Other than there, images are learned and scored on one centre crop of the encoder's size, mirrored half of the
+time in training.
 
 Axes: b = images, c = channels, s = side of the crop, k = classes, t = test images.
 """
@@ -36,8 +38,8 @@ class Segmentation:
         steps: of the optimiser.
         batch_size: images in a step.
         rate: of AdamW, at its peak; it falls linearly to 0 after the warm-up.
-        weight_decay: of the convolution.
-        warmup_steps: in which the rate rises from 0.
+        weight_decay: of all that is trained.
+        warmup_steps: in which the rate rises from 0; at most a tenth of all.
         classes: in the masks; 0: as found in some of them.
     """
 
@@ -47,6 +49,11 @@ class Segmentation:
     weight_decay: float = 1e-4
     warmup_steps: int = 1500
     classes: int = 0
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the rate does rise."""
+        return min(self.warmup_steps, self.steps // 10)
 
     def check(self) -> None:
         """EvaluationError for what cannot be trained."""
@@ -93,7 +100,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
             loss = F.cross_entropy(logits, mask, ignore_index=IGNORE)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            warm = min(1.0, (step + 1) / max(1, min(config.warmup_steps, config.steps // 10)))
+            warm = min(1.0, (step + 1) / max(1, config.warmup))
             for group in optimizer.param_groups:
                 group["lr"] = config.rate * warm * (1 - step / config.steps)
             optimizer.step()

@@ -67,3 +67,9 @@ def test_corruptions_that_there_are_not_are_one_line() -> None:
         Corruptions(severities=(0,)).check(3)
     with pytest.raises(EvaluationError, match=r"not 2: --set corruptions.kinds=gaussian_noise,.*pixelate$"):
         Corruptions().check(2)
+
+
+def test_every_image_is_moved_in_a_direction_of_its_own() -> None:
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
+    one, two, three = corrupt(image, "motion_blur", 3, seed=0)
+    assert not torch.allclose(one, two) and not torch.allclose(two, three)
