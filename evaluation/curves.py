@@ -48,6 +48,20 @@ def curves(runs: Sequence[Run]) -> dict[str, list[Curve]]:
     return {name: each for name, each in drawable.items() if each}
 
 
+def constant(each: Sequence[Curve]) -> bool:
+    """Whether none of the runs has two different values, so that a line of text says as much as a panel."""
+    return all(float(np.ptp(curve.y)) == 0 for curve in each)
+
+
+def constant_words(name: str, each: Sequence[Curve]) -> str:
+    """The value of a column that does not change, of each run where they differ."""
+    values: dict[str, list[str]] = {}
+    for curve in each:
+        values.setdefault(f"{curve.y[0]:.6g}", []).append(curve.run)
+    told = (value if len(values) == 1 else f"{value} ({', '.join(runs)})" for value, runs in values.items())
+    return f"{TITLES.get(name, name)}: {', '.join(told)} throughout"
+
+
 def _curve(run: Run, name: str) -> Curve:
     x, y = run.metrics["step"], run.metrics[name]
     keep = np.isfinite(y)

@@ -10,7 +10,7 @@ from pathlib import Path
 from datamodules.sidecars import cannot_write, write_aside
 from evaluation.attribute_table import attribute_rows, attribute_sentences
 from evaluation.confusion import confusions
-from evaluation.curves import curves, draw_curves
+from evaluation.curves import constant, constant_words, curves, draw_curves
 from evaluation.errors import EvaluationError
 from evaluation.health_words import NUMBERS, loss_words, meaning_for
 from evaluation.probe_lines import probe_rows
@@ -80,7 +80,9 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
     rebuilt = RECONSTRUCTIONS if single else RECONSTRUCTIONS_OF_SEVERAL
     queries = QUERIES if single else QUERIES_OF_SEVERAL
     test_data = next((protocol["test"]["path"] for protocol in map(test_set, runs) if protocol), None)
-    found = curves(runs)
+    columns = curves(runs)
+    same = {name: constant_words(name, each) for name, each in columns.items() if constant(each)}
+    found = {name: each for name, each in columns.items() if name not in same}
     drawn = {name: Markup(draw_curves(name, each, names)) for name, each in found.items()}
     return environment.get_template("report.html.jinja").render(
         title=" · ".join(names),
@@ -94,12 +96,14 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         further=[(run, lines) for run in runs if (lines := probe_rows(run.results))],
         attributes=[(run, rows, attribute_sentences(rows)) for run in runs if (rows := attribute_rows(run.results))],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
+        health_constants=[f"{same[name]} ({meaning_for(name, runs)})." for name in NUMBERS if name in same],
+        constants=[f"{words}." for name, words in same.items() if name not in NUMBERS],
         panels=[
             (panel, loss_words(runs) if name == "train/loss" else "")
             for name, panel in drawn.items()
             if name not in NUMBERS
         ],
-        with_curves={curve.run for each in found.values() for curve in each},
+        with_curves={curve.run for each in columns.values() for curve in each},
         times=[(run, told.sentence, Markup(draw_time_shares(run))) for run in runs if (told := bottleneck(run))],
         reconstructions=[reconstruction_section(run, rebuilt, test_data) for run in runs],
         inside=[inside_sections(run, INSIDE if single else INSIDE_OF_SEVERAL, test_data) for run in runs],

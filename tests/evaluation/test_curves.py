@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.curves import MOST_POINTS, curves, draw_curves
+from evaluation.curves import MOST_POINTS, constant, curves, draw_curves
+from evaluation.report import render
 from evaluation.run_files import Run, read_run
 from tests.evaluation.conftest import make_run
 
@@ -71,6 +72,22 @@ def test_names_cannot_break_out_of_the_drawing(run: Run) -> None:
     evil = replace(run, name='"><script>x</script>')
     svg = draw_curves("train/loss", curves([evil])["train/loss"], [evil.name])
     assert "<script>" not in svg
+
+
+def test_a_column_that_does_not_change_is_a_line_of_text(tmp_path: Path) -> None:
+    runs = [read_run(make_run(tmp_path / name, train=tmp_path / "data", rows=20)) for name in "ab"]
+    more = {"train/caption_cut": np.zeros(20), "train/lr": np.full(20, 2e-4), "probe/extra": np.arange(20.0)}
+    runs = [replace(run, metrics={**run.metrics, **more}) for run in runs]
+    runs[0].metrics["train/effective_batch"], runs[1].metrics["train/effective_batch"] = np.full((2, 20), [[16], [64]])
+    page = render(runs)
+    assert "<title>Learning rate" not in page and 'aria-label="Learning rate' not in page
+    assert 'aria-label="probe/extra' in page and 'aria-label="Training loss' in page
+    for words in (
+        "<li>Effective batch: 16 (a), 64 (b) throughout (pairs that are compared",
+        "<li>Captions cut: 0 throughout (", "<li>Learning rate: 0.0002 throughout.</li>",
+    ):  # fmt: skip
+        assert words in page, words
+    assert not constant(curves(runs)["train/loss"])
 
 
 def test_a_column_of_zeros_has_a_plain_axis(run: Run) -> None:
