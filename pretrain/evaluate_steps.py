@@ -7,20 +7,22 @@ evaluations/.newest-*/                   while it is evaluated: that checkpoint 
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluation.errors import EvaluationError
+from evaluation.probes import TEXT_PROBES
 from pretrain.checkpoint_files import LAST, remove
 from pretrain.checkpoints import read_checkpoint
 from pretrain.errors import RunError
-from tasks.encoder_files import checkpoint_path
+from tasks.encoder_files import checkpoint_hash, checkpoint_path
 from tasks.errors import TaskError
 
 FOLDER, HELD = "evaluations", ".newest-"
@@ -29,17 +31,20 @@ TRIES, PAUSE = 5, 0.2  # a folder takes the place of another one in two renames,
 GONE = (errno.ENOENT, errno.ESTALE)
 
 
-def evaluate_step(run: Path, evaluate: Callable[..., Any], **options: Any) -> Path:
-    """Evaluate the newest checkpoint of a run once; the folder of its results.
+def evaluate_step(
+    run: Path, evaluate: Callable[..., Any], *, probes: Sequence[str], floors: bool = True, **options: Any
+) -> Path:
+    """Evaluate the newest checkpoint of a run by the probes that it has no scores of yet; the folder of its results.
 
     Args:
         run: its folder; training may go on there meanwhile.
         evaluate: `evaluation.together.evaluate_together`, or the like.
+        probes, floors: of it; scores that shall have floors and have none are made again.
         options: of it, besides source, output and called.
 
     Raises:
         EvaluationError, TaskError: as `evaluate`; this is no run's folder, or has no checkpoint that can be read;
-            several processes were started.
+            several processes were started; the results that are there cannot be read.
     """
     if not (run / "config.yaml").is_file():
         raise EvaluationError(f"--by-step needs a run's folder, and {run} has no config.yaml")
@@ -47,12 +52,41 @@ def evaluate_step(run: Path, evaluate: Callable[..., Any], **options: Any) -> Pa
         raise EvaluationError("--by-step is for one process: start it without torchrun")
     with held(run) as (checkpoint, step):
         output = run / FOLDER / f"step_{step:08d}"
-        if (output / "results.json").is_file():
-            print(f"step {step:,} was evaluated before: {output / 'results.json'}")
-        else:
+        there = _scores(place := output / "results.json")
+        missing = _missing(there, probes, floors)
+        if missing and {_hash(there[name]) for name in probes if name in there} - {checkpoint_hash(checkpoint)}:
+            missing = tuple(probes)  # the step was trained again, and `evaluate` does not keep the scores of before
+        if missing:
             print(f"step {step:,}:")
-            evaluate(str(checkpoint), output=output, called=f"{run} at step {step}", **options)
+            called = f"{run} at step {step}"
+            evaluate(str(checkpoint), output=output, called=called, probes=missing, floors=floors, **options)
+        else:
+            print(f"step {step:,} was evaluated before: {place}")
     return output
+
+
+def _scores(place: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(place.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(result, dict) for result in found.values()):
+        raise EvaluationError(f"{place} does not hold scores by probe: move it away and evaluate again")
+    return found
+
+
+def _missing(there: dict[str, dict[str, Any]], probes: Sequence[str], floors: bool) -> tuple[str, ...]:
+    """Probes without a score, or without its floor, which takes as long and is written after it."""
+    done = set(there)
+    if floors:
+        done &= {*there.get("floors", {}).get("untrained", {}), *TEXT_PROBES}
+    return tuple(name for name in probes if name not in done)
+
+
+def _hash(result: dict[str, Any]) -> Any:
+    return result.get("protocol", {}).get("checkpoint")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Scores of a run at its steps."""
 
+import contextlib
 import errno
 import json
 import os
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from evaluation.errors import EvaluationError
-from evaluation.results_file import run_of
+from evaluation.probes import TEXT_PROBES
+from evaluation.results_file import merge, run_of
 from pretrain.checkpoint_files import LAST, PART, PREVIOUS, put_in_place, remove
 from pretrain.cli import main
-from pretrain.evaluate_steps import DAY, FOLDER, held
+from pretrain.evaluate_steps import DAY, FOLDER, evaluate_step, held
+from tasks.encoder_files import checkpoint_hash
 from tasks.errors import TaskError
 from tests.pretrain.conftest import pretrain
 from tests.pretrain.test_checkpoint_files import KINDS, read, write
@@ -47,7 +50,71 @@ def test_each_step_is_evaluated_once_and_keeps_its_scores(
     before = place.stat().st_mtime_ns
     assert evaluate(run, drawn) == 0
     assert f"step 5 was evaluated before: {place}" in capsys.readouterr().out and place.stat().st_mtime_ns == before
+    assert evaluate(run, drawn, "--probes", "knn,label_free") == 0
+    scores = json.loads(place.read_text())
+    assert (
+        scores["knn"] == found[1]
+        and scores["label_free"]["protocol"]["checkpoint"] == found[1]["protocol"]["checkpoint"]
+    )
     assert pretrain(*small, "--output", run, "--trainer.max_steps", 5) == 0, "it is a run as before"
+
+
+class Evaluated:
+    """Stands for `evaluate`: what was asked of it; with `killed`, it is after the first score."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.asked, self.killed = run, tuple[str, ...](), False
+
+    def __call__(self, source: str, *, output: Path, called: str, probes: tuple[str, ...], floors: bool) -> None:
+        self.asked = probes
+        protocol = {"checkpoint": checkpoint_hash(source), "source": called}
+        for name in probes:
+            result = {"top1": 50.0, "protocol": protocol}
+            merge(output / "results.json", {name: result})
+            if self.killed:
+                raise KeyboardInterrupt
+            if floors and name not in TEXT_PROBES:
+                merge(output / "results.json", {name: result, "floors": {"untrained": {name: result}}})
+
+    def by(self, *probes: str, floors: bool = True) -> tuple[str, ...]:
+        """What is asked of it when these probes are asked for."""
+        self.asked = ()
+        with contextlib.suppress(KeyboardInterrupt):
+            evaluate_step(self.run, self, probes=probes, floors=floors)
+        return self.asked
+
+
+def test_a_step_is_done_when_all_probes_have_scores_and_floors(tmp_path: Path) -> None:
+    begun(tmp_path, 1, "file")
+    evaluated = Evaluated(tmp_path)
+    assert evaluated.by("knn") == ("knn",) and not evaluated.by("knn")
+    assert evaluated.by("linear", "knn", "zeroshot") == ("linear", "zeroshot")
+    assert not evaluated.by("zeroshot", "knn", "linear")
+    evaluated.killed = True
+    assert evaluated.by("knn", "finetune", "attentive") == ("finetune", "attentive")
+    evaluated.killed = False
+    assert not evaluated.by("finetune", floors=False), "its floor alone was not reached"
+    assert evaluated.by("knn", "finetune", "attentive") == ("finetune", "attentive")
+    assert not evaluated.by("knn", "linear", "zeroshot", "finetune", "attentive")
+
+
+def test_a_step_that_was_trained_again_is_evaluated_wholly_when_more_is_asked(tmp_path: Path) -> None:
+    begun(tmp_path, 1, "file")
+    evaluated = Evaluated(tmp_path)
+    evaluated.by("knn")
+    saved(tmp_path, 1, "folder")
+    assert evaluated.by("knn", "linear") == ("knn", "linear") and not evaluated.by("knn", "linear")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"knn": 3}'])
+def test_results_that_are_none_are_told_before_anything_is_computed(text: str, tmp_path: Path) -> None:
+    begun(tmp_path, 1, "file")
+    evaluated = Evaluated(tmp_path)
+    evaluated.by("knn")
+    (place := tmp_path / FOLDER / "step_00000001/results.json").write_text(text)
+    with pytest.raises(EvaluationError, match=f"^{place} does not hold scores by probe: "):
+        evaluated.by("linear")
+    assert not evaluated.asked
 
 
 def begun(run: Path, step: int, kind: str) -> None:
