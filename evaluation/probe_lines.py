@@ -75,9 +75,16 @@ def _with_interval(found: Mapping[str, Any], key: str) -> str:
 
 
 def _suite(found: Mapping[str, Any]) -> str:
-    tasks = ", ".join(f"{task} {one_decimal(each['value'])}%" for task, each in found["of"].items())
     left_out = f"; not scored: {', '.join(found['failed'])}" if found["failed"] else ""
-    return (f"mean {one_decimal(found['mean'])}% ({tasks})" if found["of"] else "no task was scored") + left_out
+    if not found["of"]:
+        return f"no task was scored{left_out}"
+    means = found.get("means") or {"": found["mean"]}  # results of earlier versions have one only
+    told = ", ".join(f"{f'{kind} ' if len(means) > 1 else ''}{one_decimal(mean)}%" for kind, mean in means.items())
+    tasks = ", ".join(
+        " ".join(filter(None, (task, each.get("metric"), f"{one_decimal(each['value'])}%")))
+        for task, each in found["of"].items()
+    )
+    return f"mean {told} ({tasks}){left_out}"
 
 
 def _details(found: Mapping[str, Any]) -> str:

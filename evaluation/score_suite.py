@@ -23,6 +23,9 @@ from evaluation.team import gather_team
 from tasks.encoder_files import checkpoint_hash
 from tasks.errors import TaskError
 
+UNTRAINED = "untrained"
+"""The floor that has a column of its own; "chance", of zeroshot, is named in it."""
+
 
 def evaluate_suite(
     source: str | os.PathLike[str], suite: str, *, output: str | os.PathLike[str] | None = None,
@@ -41,8 +44,9 @@ def evaluate_suite(
         options: as for `evaluate`, the same for all tasks.
 
     Returns:
-        {"mean": of the tasks' metrics, "of": {task: {"metric", "value", "interval"}}, "failed": {task: why},
-        "protocol": ...}; {} on all but the first process.
+        {"mean": of the tasks' metrics, None where they are of several kinds, "means": of each kind (accuracy, miou),
+        "of": {task: {"metric", "value", "interval", "floor": {name: value}}}, "failed": {task: why}, "protocol": ...};
+        {} on all but the first process.
 
     Raises:
         EvaluationError: the suite cannot be read, or nowhere to write. TaskError: no such encoder.
@@ -70,12 +74,16 @@ def evaluate_suite(
             except (EvaluationError, DataError, TaskError) as error:
                 failed[task.name] = " ".join(str(error).split())
                 tell(f"{task.name} could not be scored: {failed[task.name]}")
+    kinds = {task.kind: [found[each.name]["value"] for each in tasks if each.kind == task.kind and each.name in found]
+             for task in tasks if task.name in found}  # fmt: skip
+    means = {kind: float(np.mean(values)) for kind, values in kinds.items()}
     result = {
-        "mean": float(np.mean([each["value"] for each in found.values()])) if found else None,
+        "mean": next(iter(means.values())) if len(means) == 1 else None,
+        "means": means,
         "of": found,
         "failed": failed,
         "protocol": {"checkpoint": checkpoint, "suite": name, "tasks": [task.name for task in tasks],
-                     "mean": "over the tasks that were scored"},
+                     "mean": "over the tasks of one kind of metric that were scored"},
     }  # fmt: skip
     merge(place, {f"suite:{name}": result})
     print(suite_table(name, result))
@@ -84,16 +92,17 @@ def evaluate_suite(
 
 
 def suite_table(name: str, result: dict[str, Any]) -> str:
-    """The tasks, their metrics and values, for the terminal."""
+    """The tasks, their metrics and values, the floors, and a mean for each kind of metric, for the terminal."""
     rows = [
         [task, each["metric"], one_decimal(each["value"]),
-         " to ".join(map(one_decimal, each["interval"])) if each["interval"] else ""]
+         " to ".join(map(one_decimal, each["interval"])) if each["interval"] else "",
+         ", ".join(one_decimal(value) + ("" if name == UNTRAINED else f" ({name})")
+                   for name, value in each["floor"].items())]
         for task, each in result["of"].items()
     ]  # fmt: skip
-    rows += [[task, "not scored", "", ""] for task in result["failed"]]
-    if result["mean"] is not None:
-        rows.append([f"mean of {len(result['of'])}", "", one_decimal(result["mean"]), ""])
-    return "\n" + table([name, "metric", "%", "95% interval"], rows) + "\n"
+    rows += [[task, "not scored", "", "", ""] for task in result["failed"]]
+    rows += [["mean", kind, one_decimal(mean), "", ""] for kind, mean in result["means"].items()]
+    return "\n" + table([name, "metric", "%", "95% interval", UNTRAINED], rows) + "\n"
 
 
 def _score(
@@ -106,4 +115,9 @@ def _score(
     )  # fmt: skip
     probe, _, number = task.number.partition(".")
     interval = results[probe].get("interval") if number == METRICS[probe] else None
-    return {"metric": task.number, "value": metric_of(results, task.number), "interval": interval}
+    floor = {}
+    for name, scores in results.get("floors", {}).items():
+        if name in (UNTRAINED, "chance") and probe in scores:
+            with contextlib.suppress(EvaluationError):  # a number that this floor has not
+                floor[name] = metric_of(scores, task.number)
+    return {"metric": task.number, "value": metric_of(results, task.number), "interval": interval, "floor": floor}

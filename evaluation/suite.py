@@ -1,8 +1,8 @@
 """Downstream tasks as data: a YAML or TSV file names them, one command scores an encoder on all.
 
 YAML: `tasks:`, a list of mappings with the fields of `Task`. TSV: a header with the fields, one task a line, several
-probes separated by commas. Paths may have environment variables ($TRIVIT_DATA), and relative ones are from the folder
-that the command runs in, as on the command line.
+probes or settings separated by commas. Paths, also in settings, may have environment variables ($TRIVIT_DATA), and
+relative ones are from the folder that the command runs in, as on the command line.
 """
 
 import csv
@@ -27,6 +27,8 @@ METRICS = {
     "segmentation": "miou", "localisation": "corloc", "zeroshot": "top1", "retrieval": "image_to_text.recall@1",
 }  # fmt: skip
 """The number that stands for a probe."""
+ACCURACIES = ("top1", "mean_per_class")
+"""Numbers that a mean may mix, as papers on transfer do."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Task:
     def number(self) -> str:
         """The metric, spelt out."""
         return self.metric or f"{self.probes[0]}.{METRICS[self.probes[0]]}"
+
+    @property
+    def kind(self) -> str:
+        """What the metric is, whichever probe gives it; means are over tasks of one kind."""
+        number = self.number.partition(".")[2]
+        return "accuracy" if number in ACCURACIES else number
 
 
 def read_suite(source: str) -> tuple[str, list[Task]]:
@@ -120,8 +128,11 @@ def _task(row: Any, where: str) -> Task:
         raise EvaluationError(f"{where}: the name {row['name']!r} may have letters, digits, - and _ only")
     values: dict[str, Any] = {}
     for key, value in row.items():
-        if key in ("probes", "set"):
-            values[key] = _several(value, f"{where}: {key}")
+        if key == "probes":
+            values[key] = _several(value, ",", f"{where}: {key}")
+        elif key == "set":  # a value may be several numbers, as in ks=5,10
+            pairs = _several(value, r",(?=\s*[A-Za-z_][\w.]*\s*=)", f"{where}: {key}")
+            values[key] = tuple(_expanded(pair, where) for pair in pairs)
         elif not isinstance(value, str):
             raise EvaluationError(f"{where}: {key} must be a text, not {value!r}")
         else:
@@ -135,8 +146,8 @@ def _task(row: Any, where: str) -> Task:
     return task
 
 
-def _several(value: Any, what: str) -> tuple[str, ...]:
-    parts: Sequence[Any] = value.split(",") if isinstance(value, str) else value
+def _several(value: Any, between: str, what: str) -> tuple[str, ...]:
+    parts: Sequence[Any] = re.split(between, value) if isinstance(value, str) else value
     if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
         raise EvaluationError(f"{what} must be texts, separated by commas or in a list")
     return tuple(part.strip() for part in parts)

@@ -52,3 +52,10 @@ def test_the_report_has_them(world: Path, tmp_path: Path, cache: Path) -> None:
 def test_a_suite_without_scores(failed: dict[str, str]) -> None:
     (line,) = probe_lines({"suite:x": {"mean": None, "of": {}, "failed": failed}})
     assert line.startswith("suite x: no task was scored")
+
+
+def test_a_suite_of_two_kinds_has_two_means() -> None:
+    of = {"a": {"metric": "knn.top1", "value": 40.0}, "b": {"metric": "segmentation.miou", "value": 10.0}}
+    found = {"mean": None, "means": {"accuracy": 40.0, "miou": 10.0}, "of": of, "failed": {}}
+    (line,) = probe_lines({"suite:x": found})
+    assert line == "suite x: mean accuracy 40.0%, miou 10.0% (a knn.top1 40.0%, b segmentation.miou 10.0%)"

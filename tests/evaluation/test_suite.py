@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.errors import EvaluationError
+from evaluation.ranks import one_decimal
 from evaluation.suite import SHIPPED, Task, metric_of, read_suite
 from pretrain.cli import main
 from tests.evaluation.conftest import CLASSES, make_run, write_images
@@ -35,11 +36,23 @@ def test_yaml_and_tsv_say_the_same(tmp_path: Path) -> None:
         Task("two", "w", None, ("zeroshot",)),
     ]
     assert read_suite(str(tmp_path / "a.yaml")) == ("a", tasks) == read_suite(str(tmp_path / "a.tsv"))
-    assert tasks[1].number == "zeroshot.top1"
+    assert (tasks[1].number, tasks[1].kind, tasks[0].kind) == ("zeroshot.top1", "accuracy", "accuracy")
     results = {"knn": {"by_k": {"5": 12.5}}, "retrieval": {"image_to_text": {"recall@1": 3}}}
     assert metric_of(results, "knn.by_k.5") == 12.5 and metric_of(results, "retrieval.image_to_text.recall@1") == 3
     with pytest.raises(EvaluationError, match=r"no number knn\.top1"):
         metric_of(results, "knn.top1")
+
+
+def test_settings_are_split_before_a_name_only_and_may_have_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WHERE", "/data")
+    settings = "ks=5,10, few_shot.draws=3,localisation.boxes=$WHERE/a,b.tsv"
+    (tmp_path / "a.tsv").write_text(f"name\ttrain\ttest\tprobes\tset\none\tt\tv\tknn\t{settings}\n")
+    (tmp_path / "a.yaml").write_text(f"tasks: [{{name: one, train: t, test: v, probes: knn, set: '{settings}'}}]\n")
+    for name in ("a.tsv", "a.yaml"):
+        (task,) = read_suite(str(tmp_path / name))[1]
+        assert task.set == ("ks=5,10", "few_shot.draws=3", "localisation.boxes=/data/a,b.tsv")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +112,13 @@ def test_a_run_is_scored_on_all_tasks_and_what_fails_is_told(
     )
     fair = json.loads((run / "suites" / "mine" / "fair" / "results.json").read_text())
     assert fair["knn"]["protocol"]["ks"] == [5] and suite["of"]["fair"]["interval"] is None
-    assert "mean of 2" in told.out and "not scored" in told.out
+    assert suite["means"] == {"accuracy": suite["mean"]} and "not scored" in told.out
+    row = next(line.split() for line in told.out.splitlines() if line.strip().startswith("near "))
+    assert (
+        row[-1]
+        == one_decimal(near["floors"]["untrained"]["knn"]["top1"])
+        == one_decimal(suite["of"]["near"]["floor"]["untrained"])
+    )
     assert main(["report", str(run)]) == 0
 
     assert main(["evaluate", str(run), "--suite", str(tmp_path / "mine.yaml"), "--set", "ks=7"]) == 1
@@ -122,4 +141,7 @@ def test_the_drawn_suite_runs(tmp_path: Path, cache: Path, encoder_file: Path, m
     few = ["--set", "segmentation.steps=2", "--set", "strengths=1"]
     assert main(["evaluate", str(encoder_file), "--suite", "drawn", "--output", str(tmp_path / "out"), *few]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["suite:drawn"]
+    assert found["mean"] is None and found["means"] == {
+        "accuracy": found["of"]["shape"]["value"], "miou": found["of"]["outline"]["value"]
+    }  # fmt: skip
     assert set(found["of"]) == {"shape", "outline"} and found["of"]["outline"]["metric"] == "segmentation.miou"
