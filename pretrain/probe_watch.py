@@ -1,14 +1,16 @@
 """kNN accuracy of the encoder during training, on a small fixed set, for at most a stated share of the time."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from datamodules.image_set import evaluation_loader
 from datamodules.manifest import load_manifest
@@ -51,6 +53,7 @@ class ProbeWatch(RankWatch):
         except EvaluationError as error:
             raise RunError(f"probe: {error} (of the {config.train_images} train images: probe.train_images)") from error
         self._label: list[list[int]] = [[], []]
+        self._scored = False
 
     def images(self, trainer: Trainer, config: Any) -> Iterator[Tensor]:
         """Those of train, then those of test; their labels are remembered, since some may be bad."""
@@ -71,6 +74,7 @@ class ProbeWatch(RankWatch):
 
     def score(self, features: Tensor) -> dict[str, float]:
         """Train features, then test features [n d]."""
+        self._scored = True
         train, test = (np.array(label, np.int64) for label in self._label)
         try:
             truth, classes = self._matched(train, test)
@@ -82,6 +86,23 @@ class ProbeWatch(RankWatch):
         k = min(self.config.k, len(train))
         rank = knn_ranks(x[: len(train)], train, x[len(train) :], truth, classes=classes, ks=(k,))[k]
         return {"probe/knn": top(rank)}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where there was no time for a single probe, and what share of it there should have been."""
+        out_of_memory = self._source is None and self._batch is None
+        resumed = self._first_step > 0  # then there may be rows from before
+        if not trainer.is_global_zero or self._scored or resumed or out_of_memory:
+            return
+        images, read = sum(len(chosen.rows) for chosen in self._sets), sum(map(len, self._label))
+        reading = self.spent * images / max(read, 1) if self._source is not None else self.spent
+        needed = (reading + (self._pass_seconds or self._at_most(trainer, images))) / self._elapsed()
+        if needed <= self.config.share:
+            why = "no row of metrics.csv was due when there was time (--probe.every, --log_every)"
+        elif needed < 0.9:
+            why = f"{images} images need --probe.share {1.1 * needed:.2g} of so short a run, not {self.config.share:g}"
+        else:
+            why = f"{images} images may take as long as the run: lower --probe.train_images and --probe.test_images"
+        tqdm.write(f"probe/knn was never measured: {why}", file=sys.stderr)
 
     def _matched(self, train: Ints, test: Ints) -> tuple[Ints, int]:
         """Labels of test in the numbering of train, and how many classes there are."""

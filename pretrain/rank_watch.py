@@ -96,11 +96,7 @@ class RankWatch(Callback):
             return
         count = len(self._batch)
         if self._pass_seconds is None:
-            # A step goes forwards and backwards over each of its images, which takes longer than a pass over as many.
-            steps = trainer.global_step - self._first_step
-            a_step = (time.perf_counter() - self._began) / max(steps, 1)
-            per_image = a_step * trainer.world_size / trainer.datamodule.global_batch_size  # type: ignore[attr-defined]
-            if not self._may_spend(per_image * min(_TRIAL, count)):
+            if not self._may_spend(self._at_most(trainer, min(_TRIAL, count))):
                 return
             _, seconds = self._timed(lambda: self._measure(trainer, encoder, min(_TRIAL, count)))
             self._pass_seconds = seconds * count / min(_TRIAL, count)
@@ -110,7 +106,16 @@ class RankWatch(Callback):
 
     def _may_spend(self, seconds: float) -> bool:
         share = SHARE if self.share is None else self.share
-        return self.spent + seconds <= share * (time.perf_counter() - self._began)
+        return self.spent + seconds <= share * self._elapsed()
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _at_most(self, trainer: Trainer, count: int) -> float:
+        """Seconds that a pass over so many images will not exceed: a step goes forwards and backwards over its own."""
+        a_step = self._elapsed() / max(trainer.global_step - self._first_step, 1)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return float(count * a_step * trainer.world_size / data.global_batch_size)
 
     def _timed(self, action: Callable[[], Any]) -> tuple[Any, float]:
         start = time.perf_counter()

@@ -58,10 +58,9 @@ def test_every_so_many_steps(drawn: Path, labelled: list[str], tmp_path: Path, n
     assert [int(row["step"]) for row in rows(run) if row["probe/knn"]] == [2, 4, 6]
 
 
-def test_it_costs_less_than_its_share(
-    drawn: Path, labelled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a clock of our own: a step takes 1 s, an image 0.002 s to read, 0.005 s to encode."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[ProbeWatch]]:
+    """Time of our own, and who watches: a step takes 1 s, an image 0.002 s to read, 0.005 s to encode."""
     clock = [0.0]
     monkeypatch.setattr(rank_watch, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     watches: list[ProbeWatch] = []
@@ -74,7 +73,7 @@ def test_it_costs_less_than_its_share(
         def on_train_batch_end(self, trainer: Trainer, *given: Any) -> None:
             clock[0] += 1
             super().on_train_batch_end(trainer, *given)
-            assert self.spent <= 0.2 * clock[0] + 0.002
+            assert self.spent <= self.config.share * clock[0] + 0.002
 
         def _read(self) -> None:
             clock[0] += 0.002
@@ -85,11 +84,31 @@ def test_it_costs_less_than_its_share(
             return super()._measure(trainer, encoder, count)
 
     monkeypatch.setattr(run_module, "ProbeWatch", Clocked)
+    return clock, watches
+
+
+def test_it_costs_less_than_its_share(
+    drawn: Path, labelled: list[str], tmp_path: Path, clock: tuple[list[float], list[ProbeWatch]]
+) -> None:
     run = run_small(drawn, tmp_path / "run", *labelled, "--probe.share", "0.2", "--trainer.max_steps", "30")
-    (watch,) = watches
+    (now,), (watch,) = clock
     given = [int(row["step"]) for row in rows(run) if row["probe/knn"]]
-    assert watch.spent <= 0.2 * clock[0]
+    assert watch.spent <= 0.2 * now
     assert len(given) >= 5 and max(b - a for a, b in pairwise(given)) <= 4
+
+
+def test_a_run_too_short_for_its_images_says_which_share_they_need(
+    drawn: Path, labelled: list[str], tmp_path: Path, clock: tuple[list[float], list[ProbeWatch]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    short = ["--trainer.max_steps", "30", "--probe.share"]
+    none = run_small(drawn, tmp_path / "none", *labelled, *short, "0.002")
+    told = capfd.readouterr().err
+    assert not any(row.get("probe/knn") for row in rows(none)) and "probe/knn was never measured: 90 images" in told
+    share = told.partition("--probe.share ")[2].split()[0]
+    clock[0][0] = 0
+    some = run_small(drawn, tmp_path / "some", *labelled, *short, share)
+    assert any(row["probe/knn"] for row in rows(some)) and "never measured" not in capfd.readouterr().err
 
 
 def test_what_cannot_work_is_one_line(
