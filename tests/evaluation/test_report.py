@@ -2,6 +2,7 @@ import re
 from collections import Counter
 from dataclasses import asdict
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 from tests.evaluation.conftest import CONFIG, make_run, write_images
 
-VOID = {"meta", "img", "br", "path", "use", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "path", "use", "link", "input", "hr", "wbr"}
 
 
 class Page(HTMLParser):
@@ -167,6 +168,19 @@ def test_scores_of_an_earlier_checkpoint_are_told(scored_run: Path) -> None:
     state["state_dict"]["model.mask_token"] += 1
     torch.save(state, last)
     assert "earlier checkpoint" in report([scored_run]).read_text()
+
+
+def test_the_style_hints_at_what_scrolls_and_keeps_words_and_headings_with_their_own() -> None:
+    """What a browser makes of it is in test_report_browser.py, but for these, which it does not tell."""
+    css = (files("evaluation") / "report.css").read_text()
+    screen, paper = css.split("@media print", 1)
+    (edge,) = re.findall(r"\.wide, pre \{ (overflow-x: auto.*?)\}", screen, re.DOTALL)
+    assert edge.count("local,") == 2 and edge.count("1rem 100% no-repeat scroll") == 2  # covers scroll, shadows stay
+    assert "\ntbody th { font-weight: 600; }" in screen  # "background" is not broken where a table can scroll
+    assert re.search(r"\.wide, pre \{[^}]*background: none", paper)
+    together = [rule for rule in re.findall(r"([^{}]+)\{ break-after: avoid; \}", paper) if "h2" in rule]
+    for name in ("h2,", "h3,", ".legend", "h2 + p", "h3 + p", ".note:has(+ div)", "p:has(+ .shares)"):
+        assert name in together[0], name
 
 
 def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
