@@ -87,14 +87,13 @@ def compare(results: dict[str, Any], probe: str) -> Comparison:
     if (majority := results[probe].get("protocol", {}).get("majority_class")) is not None:
         compared[LARGEST] = {"top1": majority}
     sides = {label: side_of(results[probe], floor) for label, floor in compared.items()}
-    parts = []
+    same = [f"{label} ({one_decimal(floor['top1'])})" for label, floor in compared.items() if not sides[label]]
+    parts = [f"about the same as {_listed(same, 'and')}"] if same else []
     for label, floor in compared.items():
-        value = one_decimal(floor["top1"])
-        if not sides[label]:
-            parts.append(f"about the same as {label} ({value})")
-        else:
+        if sides[label]:
             points = one_decimal(abs(score - floor["top1"]))
-            parts.append(f"{points} points {'above' if sides[label] > 0 else 'below'} {label} ({value})")
+            which = "above" if sides[label] > 0 else "below"
+            parts.append(f"{points} points {which} {label} ({one_decimal(floor['top1'])})")
     first = f"{name}: {one_decimal(score)}% of the test images get the right class"
     text = ", ".join([first, *([_listed(parts, "and")] if parts else [])]) + "."
     below = tuple(label for label, side in sides.items() if side < 0)
