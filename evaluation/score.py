@@ -22,6 +22,7 @@ from evaluation.features import Features, Featurizer, Precision, extract, pick_d
 from evaluation.floors import floors as compute_floors
 from evaluation.labels import check_labelled, match_labels
 from evaluation.one_folder import with_only_folder
+from evaluation.overlap import shared_images
 from evaluation.probe_lines import probe_lines
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
 from evaluation.ranks import one_decimal
@@ -154,6 +155,8 @@ def evaluate(
         on_features, on_images = ([n for n in learned if (n in PROBES) == there] for there in (True, False))
         if progress and train_root.resolve() == test_root.resolve() and not without_labels:
             print("note: train and test are the same images, so the scores say little", file=sys.stderr)
+        elif progress and not without_labels and (both := shared_images(train_root, test_root)):
+            print(f"note: {both:,} test images are in train, too, so the scores are too good", file=sys.stderr)
         trained, tested = read(encoder, train_root), read(encoder, test_root)
         if "attributes" in learned:
             attributes |= read_attributes(train_root, trained, test_root, tested)

@@ -8,7 +8,9 @@ from PIL import Image
 from evaluation import evaluate
 from evaluation.errors import EvaluationError
 from evaluation.labels import check_labelled, match_labels
+from evaluation.overlap import shared_images
 from evaluation.probes import ProbeSettings
+from tests.evaluation.conftest import write_images
 
 
 def test_classes_match_by_name_not_by_number() -> None:
@@ -84,14 +86,21 @@ def test_one_class_folder_is_told_and_enough_for_test(
     tmp_path: Path, cache: Path, encoder_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, ant = folders(tmp_path / "train", "ant", "bee"), folders(tmp_path / "only_ant", "ant")
-    how: dict[str, Any] = {"workers": 0, "device": "cpu", "progress": False}
+    how: dict[str, Any] = {"workers": 0, "device": "cpu"}
     found = evaluate(encoder_file, train=train, test=ant, probes=("knn",), settings=ProbeSettings(ks=(1,)), **how)
     # the images of both classes are the same, so what matters is that there is a score and of how many classes
     assert found["knn"]["protocol"]["classes"] == 2 and found["floors"]["untrained"]["knn"]["top1"] >= 0
-    assert "all images lie in one folder, ant, which is taken for no class" in capsys.readouterr().err
-    for one, other, told in (
+    told = capsys.readouterr().err
+    assert "all images lie in one folder, ant, which is taken for no class" in told
+    assert "note: 6 test images are in train, too, so the scores are too good" in told
+    for one, other, says in (
         (ant, train, "all train images lie in one folder, 'ant': .* at least two class folders"),
         (train, folders(tmp_path / "more", "cow"), "one folder, 'cow': .* train has no class of that name"),
     ):
-        with pytest.raises(EvaluationError, match=told):
+        with pytest.raises(EvaluationError, match=says):
             evaluate(encoder_file, train=one, test=other, probes=("knn",), **how)
+
+
+def test_images_of_other_bytes_are_not_in_train(world: Path, tmp_path: Path) -> None:
+    assert shared_images(world / "train", world / "test") == 0
+    assert shared_images(world / "train", write_images(tmp_path / "again", 30)) == 30
