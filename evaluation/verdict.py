@@ -58,7 +58,9 @@ def judge(run: Run) -> Verdict:
         headline = f"{learns}; nothing has been scored yet." if learns else HEADLINES[health.state]
         return Verdict("fair", headline, (*details, "trivit evaluate tells what the features are worth."))
     if levels == {"above"}:
-        headline = "the features are clearly better than raw pixels and than an untrained encoder."
+        floors = run.results["floors"]
+        scored = [label for floor, label in FLOORS.items() if not PROBE_NAMES.keys().isdisjoint(floors.get(floor, {}))]
+        headline = f"the features are clearly better than {_listed(scored, 'and')}."
         return Verdict("good", f"{learns}: {headline}" if learns else headline.capitalize(), tuple(details))
     if "above" in levels or (len(levels) > 1 and "unknown" in levels):
         told = ", ".join(comparison.short for comparison in sorted(above, key=lambda c: c.level != "above"))

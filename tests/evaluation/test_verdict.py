@@ -62,6 +62,8 @@ def test_the_largest_class_is_a_floor_that_every_score_has(run: Run) -> None:
     assert judge(replace(run, results=alone)).headline == "There are scores, but no floors to compare them with."
     skewed = results(85.0, 70.0, 71.0)
     skewed["knn"]["protocol"] = {"majority_class": 90.0}
+    found = compare({**skewed, "floors": results(0, 85.0, 85.0)["floors"]}, "knn")
+    assert "class, about the same as raw pixels (85.0) and the untrained encoder (85.0) and 5.0 points" in found.text
     found = compare(skewed, "knn")
     assert found.level == "below" and "(70.0), 14.0 points above the untrained encoder (71.0) and 5.0 points below" in (
         found.text
@@ -82,10 +84,12 @@ def test_verdict_of_a_run(run: Run) -> None:
     assert "nothing has been scored yet" in judge(run).headline
     good = judge(replace(run, results=results(30.0, 15.1, 12.2)))
     assert (good.tone, good.headline) == (
-        "good", "It learns: the features are clearly better than raw pixels and than an untrained encoder.",
+        "good", "It learns: the features are clearly better than raw pixels and the untrained encoder.",
     )  # fmt: skip
     assert any("finished: 600 steps" in detail for detail in good.details)
     assert judge(replace(run, results=results(15.0, 15.1, 12.2))).tone == "bad"
+    asked = {"zeroshot": {"top1": 30.0}, "floors": {"chance": {"zeroshot": {"top1": 10.0}}}}
+    assert judge(replace(run, results=asked)).headline == "It learns: the features are clearly better than chance."
     assert judge(replace(run, results={"knn": {"top1": 20.0}})).tone == "fair"
     young = {name: values[:1] for name, values in run.metrics.items()}
     assert judge(replace(run, metrics=young, results=results(30.0, 15.1, 12.2))).headline.startswith("The features")
