@@ -155,9 +155,14 @@ def evaluate(
         on_features, on_images = ([n for n in learned if (n in PROBES) == there] for there in (True, False))
         if progress and train_root.resolve() == test_root.resolve() and not without_labels:
             print("note: train and test are the same images, so the scores say little", file=sys.stderr)
-        elif progress and not without_labels and (both := shared_images(train_root, test_root)):
-            print(f"note: {both:,} test images are in train, too, so the scores are too good", file=sys.stderr)
         trained, tested = read(encoder, train_root), read(encoder, test_root)
+        apart = progress and not without_labels and train_root.resolve() != test_root.resolve()
+        if apart and (both := shared_images(train_root, test_root)):
+            share = one_decimal(100 * both / len(tested))
+            print(
+                f"note: {both:,} test images ({share}%) are in train, too; scores may be as much too good",
+                file=sys.stderr,
+            )
         if "attributes" in learned:
             attributes |= read_attributes(train_root, trained, test_root, tested)
         data = pair(trained, tested)

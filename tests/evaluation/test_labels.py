@@ -92,7 +92,7 @@ def test_one_class_folder_is_told_and_enough_for_test(
     assert found["knn"]["protocol"]["classes"] == 2 and found["floors"]["untrained"]["knn"]["top1"] >= 0
     told = capsys.readouterr().err
     assert "all images lie in one folder, ant, which is taken for no class" in told
-    assert "note: 6 test images are in train, too, so the scores are too good" in told
+    assert "note: 6 test images (100.0%) are in train, too" in told
     for one, other, says in (
         (ant, train, "all train images lie in one folder, 'ant': .* at least two class folders"),
         (train, folders(tmp_path / "more", "cow"), "one folder, 'cow': .* train has no class of that name"),
