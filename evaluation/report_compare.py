@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from evaluation.ranks import one_decimal
 from evaluation.run_files import Run
-from evaluation.scoring_terms import alike, other_terms
+from evaluation.scoring_terms import alike, other_terms, score_of
 from evaluation.verdict import PROBE_NAMES, side_of
 
 
@@ -20,9 +20,9 @@ def run_comparisons(runs: Sequence[Run]) -> list[str]:
         told += [f"{name}: {_sentence(probe, group)}." for group in groups if len(group) > 1]
         if len(groups) > 1:
             sets = [" and ".join(run.name for run in group) for group in groups]
-            main, *others = (group[0].results[probe].get("protocol", {}) for group in groups)
             sets[1:] = [
-                f"{names} ({', '.join(other_terms(own, main))})" for names, own in zip(sets[1:], others, strict=True)
+                f"{names} ({', '.join(other_terms(score_of(group[0], probe), score_of(groups[0][0], probe)))})"
+                for names, group in zip(sets[1:], groups[1:], strict=True)
             ]
             told.append(f"{name}: not scored alike, so these are not to be compared: {'; '.join(sets)}.")
     return told

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from evaluation.run_files import Run
-from evaluation.scoring_terms import alike, other_terms, unusual_terms
+from evaluation.scoring_terms import Protocol, Score, alike, other_terms, score_of, unusual_terms
 from evaluation.verdict import PROBE_NAMES
 
 FLOOR_ROWS = {"untrained": "Untrained encoder", "raw_pixels": "Raw pixels", "chance": "Chance"}
@@ -52,15 +52,16 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
     probes = [probe for probe in PROBE_NAMES if any(probe in run.results for run in runs)]
     if not probes:
         return None
-    usual = {p: alike(runs, p)[0][0].results[p].get("protocol", {}) for p in probes}
+    main = {p: score_of(alike(runs, p)[0][0], p) for p in probes}
+    usual = {p: protocol for p, (_, protocol) in main.items()}
     rows: list[dict[str, Any]] = [
-        {"name": run.name, "kind": "run", "cells": [_cell(run.results.get(p), usual[p], run) for p in probes]}
+        {"name": run.name, "kind": "run", "cells": [_cell(run.results.get(p), main[p], run) for p in probes]}
         for run in runs
     ]
     found: dict[Any, tuple[str, list[Any], list[str]]] = {}
     for run in runs:
         for floor, label in FLOOR_ROWS.items():
-            cells = [_cell(run.results.get("floors", {}).get(floor, {}).get(p), usual[p], run) for p in probes]
+            cells = [_cell(run.results.get("floors", {}).get(floor, {}).get(p), main[p], run) for p in probes]
             identity = (label, *((cell["top1"], *cell["terms"]) if cell else None for cell in cells))
             if any(cells):
                 found.setdefault(identity, (label, cells, []))[2].append(run.name)
@@ -80,7 +81,7 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
     }
 
 
-def _heading(probe: str, own: dict[str, Any], main: dict[str, Any]) -> str:
+def _heading(probe: str, own: Protocol, main: Protocol) -> str:
     """A probe's name, with classes and images where they are others than those that the table's caption names."""
     classes, test = own.get("classes"), own.get("test", {})
     images = test.get("images", 0)
@@ -90,13 +91,13 @@ def _heading(probe: str, own: dict[str, Any], main: dict[str, Any]) -> str:
     return PROBE_NAMES[probe] + ("" if same else f" ({images:,} other images)")
 
 
-def _cell(result: dict[str, Any] | None, usual: dict[str, Any], run: Run) -> dict[str, Any] | None:
+def _cell(result: dict[str, Any] | None, usual: Score, run: Run) -> dict[str, Any] | None:
     """A score; `terms`: how it was taken, where that is not as usual; `foreign`: not to be compared in its column."""
     if not result:
         return None
     low, high = result.get("interval", [result["top1"]] * 2)
     own = result.get("protocol", {})
-    other = other_terms(own, usual)
+    other = other_terms((run, own), usual)
     terms = dict.fromkeys([*other, *unusual_terms(run, own)])
     return {"top1": result["top1"], "half": (high - low) / 2, "terms": list(terms), "foreign": bool(other)}
 

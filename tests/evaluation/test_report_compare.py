@@ -48,6 +48,11 @@ def test_other_terms_are_no_comparison_and_are_named_in_the_table() -> None:
         run("cls", terms=usual | {"pool": "cls"}, knn=44),
     ]
     runs += [run("a", terms=usual, knn=20), run("b", terms=usual, knn=30)]
+    for each in runs:
+        each.config["model"] = {"encoder": {"image_size": 64, "pool": "mean"}}
+    small = run("small", terms=usual | {"crop": 48, "resize": 48, "pool": "cls"}, knn=10)
+    small.config["model"] = {"encoder": {"image_size": 48, "pool": "cls"}}
+    assert "20.0 points more than small" in run_comparisons([*runs, small])[0]  # each as it sees images by itself
     assert run_comparisons(runs) == [
         "kNN: b has the most, 30.0: 10.0 points more than a.",
         "kNN: not scored alike, so these are not to be compared: a and b; far (43 other images, 2 classes, k = 6, "
