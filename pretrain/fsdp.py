@@ -114,6 +114,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         if missing := own.keys() ^ given.keys():
             raise RuntimeError(f"the checkpoint is of another model: {', '.join(sorted(missing)[:5])}")
         for name, tensor in own.items():
+            if tuple(tensor.shape) != tuple(given[name].shape):  # rows of a longer table would be taken without a word
+                sizes = f"{tuple(given[name].shape)}, here {tuple(tensor.shape)}"
+                raise RuntimeError(f"the checkpoint is of another model: {name} is {sizes}")
             fill(tensor, given[name])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ class RunDirectory:
         """
         if self.path.is_file():
             raise RunError(f"--output {self.path} is a file; name a folder")
-        ours = (".lock", "config.yaml.part", "slurm")
+        ours = (".lock", "config.yaml.part", "slurm", "wandb")  # before config.yaml is there
         if self.path.is_dir() and any(p.name not in ours for p in self.path.iterdir()) and not self._holds_a_run():
             raise RunError(f"--output {self.path} holds files but no trivit run; name a new or empty folder")
         if launched_rank() != 0:

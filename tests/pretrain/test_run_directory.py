@@ -44,6 +44,16 @@ def test_one_process_trains_in_a_folder_and_a_killed_one_does_not(tmp_path: Path
         os.kill(worker, signal.SIGKILL)
 
 
+def test_what_a_start_left_before_its_config_does_not_block_the_next(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    directory = RunDirectory(tmp_path)
+    directory.claim()
+    directory.release()
+    (tmp_path / "photo.jpg").write_text("")
+    with pytest.raises(RunError, match="holds files but no trivit run"):
+        RunDirectory(tmp_path).claim()
+
+
 def test_settings_are_those_of_the_first_step(small: list[str], tmp_path: Path) -> None:
     """A folder in which nothing was trained takes a corrected command; after a step, other settings are refused."""
     run = tmp_path / "run"
