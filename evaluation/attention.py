@@ -3,6 +3,7 @@
 Axes: l = layers, b = images, a = attention heads, r k = rows and columns of patches, c = channels, h w = pixels.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -62,11 +63,23 @@ def class_attention(encoder: Encoder, images: Tensor) -> ClassAttention:
         raise EvaluationError(f"{config.arch} has no class token")
     x = normalize(images, config.mean, config.std)
     weights = torch.stack([layer[:, :, 0] for layer in attention_weights(encoder.eval(), x, queries=1)])
-    if not torch.isfinite(weights).all():
-        raise EvaluationError("attention weights are not finite, the encoder has diverged")
+    check_finite(weights)
     weights = weights[..., encoder.num_prefix :]
     grid = patch_grid(encoder, images, weights.shape[-1])
     return ClassAttention(images, weights.reshape(*weights.shape[:3], *grid))
+
+
+def one_by_one(encoder: Encoder, images: Tensor) -> Iterator[Tensor]:
+    """Images [b c h w] in 0..255 as [1 c h w], normalised: whole attention of many at once would be too large."""
+    config = encoder.eval().config
+    for i in range(len(images)):
+        yield normalize(images[i : i + 1], config.mean, config.std)
+
+
+def check_finite(weights: Tensor) -> None:
+    """EvaluationError for attention, or what was made of it, that is not finite."""
+    if not torch.isfinite(weights).all():
+        raise EvaluationError("attention weights are not finite, the encoder has diverged")
 
 
 def draw_class_attention(found: ClassAttention) -> list[AttentionPicture]:

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datamodules.normalize import normalize
-from evaluation.errors import EvaluationError
+from evaluation.attention import check_finite, one_by_one
 from evaluation.patch_pca import patch_grid
 from evaluation.svg import INK, SERIES, figure, to_svg
 from tasks.attention_weights import visit_attention
@@ -82,15 +81,13 @@ def draw_attention_entropy(found: HeadNumbers) -> str:
 
 def _mean_of_heads(encoder: Encoder, images: Tensor, number: Callable[[Tensor], Tensor]) -> Tensor:
     """Mean over images and queries of what `number` makes of weights [1 a t t] -> float64 [l a]."""
-    config = encoder.eval().config
     found = []
-    for i in range(len(images)):
+    for image in one_by_one(encoder, images):
         layers: list[Tensor] = []
-        visit_attention(encoder, normalize(images[i : i + 1], config.mean, config.std), _adder(layers, number))
+        visit_attention(encoder, image, _adder(layers, number))
         found.append(torch.stack(layers))
     values = torch.stack(found).mean(0)
-    if not torch.isfinite(values).all():
-        raise EvaluationError("attention weights are not finite, the encoder has diverged")
+    check_finite(values)
     return values
 
 

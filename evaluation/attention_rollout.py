@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from datamodules.normalize import normalize
-from evaluation.errors import EvaluationError
+from evaluation.attention import check_finite, one_by_one
 from evaluation.patch_pca import patch_grid
 from evaluation.pictures import picture
 from tasks.attention_weights import visit_attention
@@ -55,16 +54,14 @@ def attention_rollout(encoder: Encoder, images: Tensor) -> Rollout:
         TaskError: the encoder is no plain Vision Transformer.
         EvaluationError: its attention is not finite, or its patches lie in no grid.
     """
-    config, prefix = encoder.eval().config, encoder.num_prefix
-    from_patches = config.pool == "mean"
+    prefix, from_patches = encoder.num_prefix, encoder.config.pool == "mean"
     found = []
-    for i in range(len(images)):
-        product = _product(encoder, normalize(images[i : i + 1], config.mean, config.std))
+    for image in one_by_one(encoder, images):
+        product = _product(encoder, image)
         rows = product[:, prefix:] if from_patches else product[:, :1]
         found.append(rows.mean(dim=1)[:, prefix:])
     weights = torch.cat(found)
-    if not torch.isfinite(weights).all():
-        raise EvaluationError("attention weights are not finite, the encoder has diverged")
+    check_finite(weights)
     grid = patch_grid(encoder, images, weights.shape[1])
     source = "the mean of the patches" if from_patches else "the class token"
     return Rollout(images, weights.reshape(-1, *grid), source)

@@ -8,8 +8,6 @@ from evaluation.run_files import Run
 Protocol = Mapping[str, Any]
 OWN = "own"
 OF_ENCODER = {"crop": "image_size", "pool": "pool"}
-
-
 Score = tuple[Run, Protocol]  # whose it is, and how it was taken
 
 
@@ -60,7 +58,7 @@ def _relative(run: Run, protocol: Protocol) -> Protocol:
     """The protocol, its crop and pool only where they are not the encoder's own."""
     given = {term: run.get(f"model.encoder.{name}") for term, name in OF_ENCODER.items()}
     own = {term: OWN for term, value in given.items() if value is None or protocol.get(term) in (None, value)}
-    return {**protocol, "resize": None, **own}
+    return {**protocol, **own}
 
 
 def _of(protocol: Protocol, which: str) -> Any:
@@ -72,8 +70,6 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def _settings(own: Protocol, main: Protocol) -> list[str]:
-    words = {"k": "k = {}", "crop": "{} px", "resize": "resized to {} px", "pool": "pool {}", "precision": "{}"}
+    words = {"k": "k = {}", "crop": "{} px", "pool": "pool {}", "precision": "{}"}  # resize follows from the crop
     other = [name for name in words if _differ(own.get(name), main.get(name))]
-    if "crop" in other and "resize" in other:  # it follows the crop
-        other.remove("resize")
     return [f"its own {name}" if own[name] == OWN else words[name].format(own[name]) for name in other]
