@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,9 +74,12 @@ class Manifest:
         rows = [(shard.name, shard.samples, shard.bytes, shard.digest) for shard in self.shards]
         return hashlib.sha256(json.dumps([rows, self.classes]).encode()).hexdigest()[:32]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """`hash`, and another one whenever a tar here was written anew: for what is kept of the bytes themselves."""
+        """`hash`, and another one whenever a tar here was written anew: for what is kept of the bytes themselves.
+
+        As the tars were when it was first asked for: what is read afterwards is never taken for newer than it is.
+        """
         written = [] if self.url else [self.path(i).stat().st_mtime_ns for i in range(len(self.shards))]
         return hashlib.sha256(json.dumps([self.hash, written]).encode()).hexdigest()[:32]
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,11 +82,9 @@ def floors(
                                     in_chans=config.in_chans, bits=config.bits, eval_resize=config.resize),
         "untrained": replace(config, drop_path=0.0),
     }  # fmt: skip
-    made = _made_with()
     found: dict[str, dict[str, Result]] = {}
     for name, about in identity.items():
-        keys = {p: json.dumps([*made, name, p, repr(about), repr(settings), *data_hashes, precision]) for p in probes}
-        places = {p: cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json" for p, key in keys.items()}
+        places = {p: _place(cache_dir, name, p, repr(about), repr(settings), *data_hashes, precision) for p in probes}
         missing = [p for p in probes if not places[p].exists()]
         if missing:
             # the numbers are kept, not the features: those of raw pixels are as large as the images
@@ -148,9 +145,8 @@ def untrained_floor(
     cache_dir = cache_dir or cache_home() / "floors"
     cache_dir.mkdir(parents=True, exist_ok=True)
     counts = (getattr(settings, probe), settings.seed, settings.strengths, settings.device)
-    identity = [*_made_with(), "untrained", probe, repr(replace(config, drop_path=0.0)), repr(counts), *data_hashes,
-                batch_size, precision]  # fmt: skip
-    place = cache_dir / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.json"
+    about = repr(replace(config, drop_path=0.0))
+    place = _place(cache_dir, "untrained", probe, about, repr(counts), *data_hashes, batch_size, precision)
     if not place.exists():
         found = score(untrained(config))
         found["protocol"]["features"] = UNTRAINED
@@ -159,9 +155,10 @@ def untrained_floor(
     return result
 
 
-def _made_with() -> list[Any]:
-    """Who fills a timm model, and draws."""
-    return [FORMAT, version("torch"), version("timm")]
+def _place(cache_dir: Path, *identity: str | int) -> Path:
+    """Where a floor is kept, by all that it follows from; by the versions too of who draws and fills timm's models."""
+    key = json.dumps([FORMAT, version("torch"), version("timm"), *identity])
+    return cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def untrained(config: EncoderConfig) -> Encoder:
