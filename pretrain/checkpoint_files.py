@@ -60,15 +60,14 @@ def find_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 
     Reads them in full, for their checksums. RunError when there are some and none is whole.
     """
-    last, part, previous = (directory / name for name in (LAST, PART, PREVIOUS))
-    # Between two renames of a folder nothing is called last.ckpt; what was about to be is whole then, or nothing is.
-    there = [path for path in ((last,) if last.exists() else (part,)) + (previous,) if path.exists()]
     findings: list[str] = []
-    for path in there:
+    # Between two renames of a folder nothing is called last.ckpt; what was about to be is whole then. It is newer than
+    # the others, or was cut off when it was written, which is no damage.
+    for path in (directory / name for name in (LAST, PART, PREVIOUS) if (directory / name).exists()):
         reason = damage(path)
         if reason is None:
             return path, findings
-        if path != part:
+        if path.name != PART:
             findings.append(f"{path} is damaged ({reason})")
     if not findings:
         return None, []

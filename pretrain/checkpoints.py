@@ -18,7 +18,8 @@ from pretrain.stop import StopRequest
 class Checkpoints(Callback):
     """Saves `last.ckpt` every `every` optimiser steps, at the end, and when the ranks agreed to stop.
 
-    `spoiled`: the last.ckpt that is there cannot be read and is not worth keeping as the one before.
+    `resumed`: the checkpoint that training goes on from, until there is a newer one. Where it is not last.ckpt, that is
+    damaged or not there, and not worth keeping as the one before.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class Checkpoints(Callback):
         self.stop = stop
         self.guard = guard
         self.writer = writer or CheckpointWriter()
-        self.spoiled = False
+        self.resumed: Path | None = None
         self._saved_step = sys.maxsize  # nothing can be worth saving before training starts
         self._first = True  # rank
         self._whole_step = 0  # of last.ckpt; behind the other one while that is written in the background
+        self._part_is_whole = False
 
     @property
     def last(self) -> Path:
@@ -40,9 +42,19 @@ class Checkpoints(Callback):
         return self.directory / LAST
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing new to save before the first step; from here on signals wait for the end of a step."""
+        """Collective: nothing new to save before the first step; from here on signals wait for the end of a step.
+
+        A checkpoint that was whole when the run was killed, but not yet in its place, gets there now that all ranks
+        have read it: the next save begins by writing under its name.
+        """
         self._saved_step = self._whole_step = trainer.global_step
         self._first = trainer.is_global_zero
+        if self._first and self.resumed is not None and self.resumed.name == PART:
+            try:
+                self._put_in_place(self.resumed, trainer.global_step)
+            except OSError as error:
+                self._fail(error)
+        self.stop.agree()
         self.stop.listen()
 
     def on_train_batch_end(
@@ -103,12 +115,12 @@ class Checkpoints(Callback):
             self._fail(error)
 
     def _put_in_place(self, aside: Path, step: int) -> None:
-        put_in_place(aside, keep=not self.spoiled)
-        self.spoiled = False
-        self._whole_step = step
+        self._part_is_whole = True
+        put_in_place(aside, keep=self.resumed is None or self.resumed.name == LAST)
+        self._part_is_whole, self.resumed, self._whole_step = False, None, step
 
     def _fail(self, error: OSError) -> None:
-        if self._first:
+        if self._first and not self._part_is_whole:
             with contextlib.suppress(OSError):
                 remove(self.directory / PART)
         kept = f"the checkpoint of step {self._whole_step} is whole" if self.last.exists() else "there is no other"

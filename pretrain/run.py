@@ -26,7 +26,7 @@ from torch import distributed
 from datamodules.manifest import SKIPPED
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.beginning import Beginning
-from pretrain.checkpoint_files import LAST, CheckpointFiles
+from pretrain.checkpoint_files import CheckpointFiles
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, check_sizes, fill_in, max_steps
@@ -121,7 +121,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             directory.keep_skipped(data.manifest.root)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoints):
-                callback.spoiled = checkpoint is not None and checkpoint.name != LAST
+                callback.resumed = checkpoint
             elif isinstance(callback, SameData):
                 callback.resumed = done
         if damaged and trainer.is_global_zero:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain import checkpoint_files
 from pretrain.checkpoint_files import LAST, PART, PREVIOUS, damage, find_checkpoint, put_in_place, remove
 from pretrain.errors import RunError
 from tasks.sharded_files import ABOUT, read_sharded, save_flushed, shard_name, whole
@@ -207,3 +208,48 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(
     states = [torch.load(path / "checkpoints" / LAST, weights_only=True)["state_dict"] for path in (run, copy)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert torch.load(copy / "checkpoints" / PREVIOUS, weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_not_yet_in_its_place_gets_there_before_the_next_save(
+    kind: str, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run was killed between two renames, when only `last.ckpt.part` held the newest state."""
+    run, checkpoints = tmp_path / "run", tmp_path / "run/checkpoints"
+    command = [*small, "--output", run, "--checkpoint_every", 3]
+    assert pretrain(*command) == 0
+    newest = torch.load(checkpoints / PREVIOUS, weights_only=True)
+    assert newest["global_step"] == 6
+    for name in (LAST, PREVIOUS):
+        remove(checkpoints / name)
+    if kind == "folder":
+        (checkpoints / PART).mkdir()
+        save_flushed({"shards": {}, "checkpoint": newest}, checkpoints / PART / ABOUT)
+    else:
+        save_flushed(newest, checkpoints / PART)
+    left: list[Path | None] = []
+
+    def full(content: object, path: Path) -> int:
+        path.write_bytes(b"half")
+        left.append(find_checkpoint(checkpoints)[0])  # what a kill at this moment would leave
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "save_flushed", full)
+        assert pretrain(*command) == 1
+    assert "the checkpoint of step 6 is whole" in capsys.readouterr().err
+    assert left and set(left) == {checkpoints / LAST} and not (checkpoints / PART).exists()
+    assert pretrain(*command) == 0
+    assert "at step 6 of 8" in capsys.readouterr().out
+    assert torch.load(checkpoints / LAST, weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_one_that_is_not_in_its_place_is_taken_before_the_one_before(kind: str, tmp_path: Path) -> None:
+    for step, name in enumerate((PREVIOUS, LAST, PART), start=1):
+        write(tmp_path / name, step, kind)
+    cut(spoilt_files(tmp_path / LAST)[-1], 0.5)
+    path, (finding,) = find_checkpoint(tmp_path)
+    assert path == tmp_path / PART and finding.startswith(f"{tmp_path / LAST} is damaged (")
+    cut(spoilt_files(tmp_path / PART)[-1], 0.5)
+    assert find_checkpoint(tmp_path) == (tmp_path / PREVIOUS, [finding])
