@@ -23,7 +23,7 @@ from tqdm import tqdm
 from datamodules.labelled_batches import labelled_batches
 from evaluation.errors import EvaluationError
 from evaluation.finetune_views import FinetuneRecipe, seeded
-from evaluation.frozen_heads import on_device, ranks_of_heads
+from evaluation.frozen_heads import frozen, on_device, ranks_of_heads
 from evaluation.image_data import ImageData, parts_of
 from evaluation.linear_mae import Trained, warmup_cosine
 from tasks.encoder_files import load_strictly
@@ -126,7 +126,8 @@ def finetune(encoder: Encoder, data: ImageData, config: Finetune, seed: int = 0)
             on_accelerator=data.device.startswith("cuda"), channels=about.in_chans, bits=about.bits,
         )  # fmt: skip
         _train(model, optimizer, batches, steps, batch_size // part, config, data)
-    rank = ranks_of_heads(encoder, lambda images: images, {"model": model.eval()}, data, "finetune: test")["model"]
+    logits = frozen(model.eval(), data)
+    rank = ranks_of_heads(encoder, logits, {"model": nn.Identity()}, data, "finetune: test")["model"]
     return Trained(rank, steps, batch_size)
 
 

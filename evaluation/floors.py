@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from datamodules.sidecars import cache_home, write_aside
 from evaluation.features import Featurizer, Precision
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result
+from evaluation.protocol import versions
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 
 FORMAT = 1
+FORMAT_ON_IMAGES = 2  # of the probes that learn from images: 2 since what they do and say was mended
 KNN_SIDE = 64
 LINEAR_SIDE = 16
 PIXEL_BYTES = 1 << 30
@@ -92,6 +94,7 @@ def floors(
                 build = _raw_pixels if name == "raw_pixels" else _untrained
                 results = build(about, measure, missing, settings, train_images, Path(aside))
             for p, result in results.items():
+                result["protocol"]["versions"] = versions()
                 write_aside(places[p], json.dumps(result).encode())
         found[name] = {p: json.loads(places[p].read_text()) for p in probes}
     return found
@@ -129,6 +132,7 @@ def _untrained(
 def untrained_floor(
     probe: str, config: EncoderConfig, settings: ProbeSettings, score: Callable[[Encoder], Result], *,
     data_hashes: Sequence[str], batch_size: int, precision: Precision = "float32", cache_dir: Path | None = None,
+    keep: bool = True,
 ) -> Result:  # fmt: skip
     """What the same probe finds on the same encoder, untrained: the floor of a probe that learns from images.
 
@@ -141,16 +145,25 @@ def untrained_floor(
         score: the probe.
         batch_size: of the loader, on which corruptions and parts of larger batches depend.
         data_hashes, precision, cache_dir: as for `floors`.
+        keep: False: for a probe that depends on more than this; it is made anew each time.
     """
+
+    def made() -> Result:
+        found = score(untrained(config))
+        found["protocol"] |= {"features": UNTRAINED, "versions": versions()}
+        return found
+
+    if not keep:
+        return made()
     cache_dir = cache_dir or cache_home() / "floors"
     cache_dir.mkdir(parents=True, exist_ok=True)
     counts = (getattr(settings, probe), settings.seed, settings.strengths, settings.device)
     about = repr(replace(config, drop_path=0.0))
-    place = _place(cache_dir, "untrained", probe, about, repr(counts), *data_hashes, batch_size, precision)
+    place = _place(
+        cache_dir, "untrained", probe, about, repr(counts), *data_hashes, batch_size, precision, FORMAT_ON_IMAGES
+    )
     if not place.exists():
-        found = score(untrained(config))
-        found["protocol"]["features"] = UNTRAINED
-        write_aside(place, json.dumps(found).encode())
+        write_aside(place, json.dumps(made()).encode())
     result: Result = json.loads(place.read_text())
     return result
 

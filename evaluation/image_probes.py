@@ -29,13 +29,15 @@ CROPS = "random resized crops (0.08 to 1 of the area) and flips, drawn by seed a
 def score_linear_paper(encoder: Encoder, data: ImageData, settings: ProbeSettings) -> Result:
     """The sweep of DINOv2, its head chosen on a part of train."""
     found = linear_paper(encoder, data, settings.linear_paper, settings.seed)
-    return _swept(found, data, settings, asdict(settings.linear_paper), "SGD, momentum 0.9, no decay, cosine")
+    told = {"pool": None, "head_sees": found.best.rpartition(", rate ")[0]}
+    return _swept(found, data, settings, asdict(settings.linear_paper) | told, "SGD, momentum 0.9, no decay, cosine")
 
 
 def score_attentive(encoder: Encoder, data: ImageData, settings: ProbeSettings) -> Result:
     """Cross-attention and a linear layer on frozen tokens, the rate chosen on a part of train."""
     found = attentive(encoder, data, settings.attentive, settings.seed)
-    return _swept(found, data, settings, asdict(settings.attentive), "AdamW, warm-up and cosine")
+    told = {"pool": None, "head_sees": "all tokens of the last block, gathered by a learned query"}
+    return _swept(found, data, settings, asdict(settings.attentive) | told, "AdamW, warm-up and cosine")
 
 
 def score_linear_mae(encoder: Encoder, data: ImageData, settings: ProbeSettings) -> Result:
@@ -48,7 +50,9 @@ def score_linear_mae(encoder: Encoder, data: ImageData, settings: ProbeSettings)
 def score_finetune(encoder: Encoder, data: ImageData, settings: ProbeSettings) -> Result:
     """All layers fine-tuned as in MAE."""
     found = finetune(encoder, data, settings.finetune, settings.seed)
-    return _trained(found, data, settings, asdict(settings.finetune), "AdamW, layer-wise decay, cosine")
+    normed = ", normed by a new LayerNorm" if encoder.config.pool == "mean" else ""
+    told = {"views": f"{CROPS}, then as named here", "head": f"linear on the pooled tokens{normed}"}
+    return _trained(found, data, settings, asdict(settings.finetune) | told, "AdamW, layer-wise decay, cosine")
 
 
 def _swept(found: Sweep, data: ImageData, settings: ProbeSettings, config: dict[str, Any], optimizer: str) -> Result:
@@ -112,7 +116,12 @@ def score_localisation(encoder: Encoder, test: Path, data: ImageData, settings: 
     """CorLoc of the class token's attention."""
     found = localisation(encoder, test, data, settings.localisation, settings.seed)
     protocol = {
-        "attention": "of the class token in the last block, mean over heads, images squeezed into a square",
+        "crop": None,
+        "resize": None,
+        "side": encoder.config.image_size,
+        "interpolation": "bicubic, antialiased; squeezed into a square, without a crop",
+        "precision": "float32",
+        "attention": "of the class token in the last block, mean over heads",
         "region": f"the largest one of the patches with {settings.localisation.mass:.0%} of it",
         "boxes": settings.localisation.boxes or "around what the masks mark",
         "iou": ENOUGH,

@@ -4,12 +4,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from datamodules.console import table
 from datamodules.manifest import load_manifest
@@ -25,6 +23,7 @@ from evaluation.one_folder import with_only_folder
 from evaluation.overlap import shared_images
 from evaluation.probe_lines import probe_lines
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
+from evaluation.protocol import floor_protocol, protocol_of, versions
 from evaluation.ranks import one_decimal
 from evaluation.results_file import merge, results_file, run_of
 from evaluation.team import Team
@@ -124,7 +123,7 @@ def evaluate(
         "resize": config.resize,
         "interpolation": "bicubic, antialiased; shorter side, then centre crop",
         "precision": precision,
-        "versions": {"trivit": version("trivit"), "torch": torch.__version__},
+        "versions": versions(),
     }
 
     def read(featurizer: Featurizer, root: Path, cache: Path | None = features) -> Features:
@@ -177,7 +176,7 @@ def evaluate(
             about["majority_class"] = 100 * float(np.mean(data.test_label == largest))
         for probe in on_features:
             results[probe] = PROBES[probe](data, settings)
-            results[probe]["protocol"] = about | results[probe]["protocol"]
+            results[probe]["protocol"] = protocol_of(about, results[probe]["protocol"])
 
         def measure(featurizer: Featurizer, aside: Path) -> ProbeData:
             return pair(read(featurizer, train_root, aside), read(featurizer, test_root, aside))
@@ -187,9 +186,10 @@ def evaluate(
                 config, measure, on_features, settings, train_images=len(trained),
                 data_hashes=(trained.fingerprint, tested.fingerprint), precision=precision, cache_dir=floor_cache,
             )  # fmt: skip
-            for result in (result for floor in found.values() for result in floor.values()):
-                drop = ("source", "checkpoint", "encoder", "pool")
-                result["protocol"] = {k: v for k, v in about.items() if k not in drop} | result["protocol"]
+            for floor, each in found.items():
+                of_floor = about | ({"pool": None} if floor == "raw_pixels" else {})
+                for result in each.values():
+                    result["protocol"] = floor_protocol(of_floor, result["protocol"])
             results["floors"] = found
         if place is not None and (on_images or dense or paired):
             merge(place, results)  # what took hours is not lost when the next one fails

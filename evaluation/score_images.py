@@ -1,7 +1,7 @@
 """The part of `evaluate` for probes that need images: what they learn from, their floors, their protocol."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import numpy as np
 from datamodules.manifest import load_manifest
 from datamodules.sidecars import cache_home
 from evaluation.features import Features
-from evaluation.floors import UNTRAINED, Measure, untrained, untrained_floor
+from evaluation.floors import Measure, untrained_floor
 from evaluation.image_data import ImageData, rows_of
 from evaluation.image_probes import IMAGE_PROBES, score_corruptions, score_localisation, score_segmentation
 from evaluation.probes import ProbeData, ProbeSettings, Result
+from evaluation.protocol import floor_protocol, protocol_of
 from tasks.encoders import Encoder
 
 
@@ -53,16 +54,8 @@ def score_on_images(
             clean = measure(of, Path(aside))
             return score_corruptions(of, data, settings, clean.train, clean.test)
 
-    for name in names:
-        result = score(name, encoder)
-        yield {name: result | {"protocol": dict(about) | result["protocol"]}}
-        if measure is not None:
-            under = untrained_floor(
-                name, encoder.config, settings, partial(score, name),
-                data_hashes=(trained.fingerprint, tested.fingerprint), batch_size=data.batch_size,
-                precision=data.precision, cache_dir=floor_cache,
-            )  # fmt: skip
-            yield {"floors": {"untrained": {name: _told(about, under)}}}
+    hashes = (trained.fingerprint, tested.fingerprint)
+    yield from _scored(names, encoder, score, data, settings, about, hashes if measure else None, floor_cache)
 
 
 def score_dense(
@@ -79,24 +72,23 @@ def score_dense(
         assert train is not None
         return score_segmentation(of, train, test, data, settings)
 
+    hashes = tuple(load_manifest(root).fingerprint for root in (data.train, test)) if floors else None
+    yield from _scored(names, encoder, score, data, settings, about, hashes, floor_cache)
+
+
+def _scored(
+    names: Sequence[str], encoder: Encoder, score: Callable[[str, Encoder], Result], data: ImageData,
+    settings: ProbeSettings, about: Mapping[str, Any], hashes: tuple[str, ...] | None, floor_cache: Path | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Each result, then its floor, from the cache where data of these hashes were scored before; None: no floors."""
     for name in names:
         result = score(name, encoder)
-        yield {name: result | {"protocol": dict(about) | result["protocol"]}}
-        if not floors:
+        yield {name: result | {"protocol": protocol_of(about, result["protocol"])}}
+        if hashes is None:
             continue
-        if name == "segmentation":
-            hashes = [load_manifest(root).fingerprint for root in (data.train, test)]
-            under = untrained_floor(
-                name, encoder.config, settings, partial(score, name), data_hashes=hashes,
-                batch_size=data.batch_size, precision=data.precision, cache_dir=floor_cache,
-            )  # fmt: skip
-        else:  # one pass over the images, against a table of boxes that may change
-            under = score(name, untrained(encoder.config))
-            under["protocol"]["features"] = UNTRAINED
-        yield {"floors": {"untrained": {name: _told(about, under)}}}
-
-
-def _told(about: Mapping[str, Any], floor: Result) -> Result:
-    """A floor with what every protocol says, but for what is of the encoder alone."""
-    told = {key: value for key, value in about.items() if key not in ("source", "checkpoint", "encoder")}
-    return floor | {"protocol": told | floor["protocol"]}
+        # Localisation is one pass over the images, against a table of boxes that may change: it is not kept.
+        under = untrained_floor(
+            name, encoder.config, settings, partial(score, name), data_hashes=hashes, batch_size=data.batch_size,
+            precision=data.precision, cache_dir=floor_cache, keep=name != "localisation",
+        )  # fmt: skip
+        yield {"floors": {"untrained": {name: under | {"protocol": floor_protocol(about, under["protocol"])}}}}

@@ -7,7 +7,7 @@ from evaluation.run_files import Run
 
 Protocol = Mapping[str, Any]
 OWN = "own"
-OF_ENCODER = {"crop": "image_size", "pool": "pool"}
+OF_ENCODER = {"crop": "image_size", "side": "image_size", "pool": "pool"}
 Score = tuple[Run, Protocol]  # whose it is, and how it was taken
 
 
@@ -70,6 +70,12 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def _settings(own: Protocol, main: Protocol) -> list[str]:
-    words = {"k": "k = {}", "crop": "{} px", "pool": "pool {}", "precision": "{}"}  # resize follows from the crop
+    words = {
+        "k": "k = {}",
+        "crop": "{} px",
+        "side": "{} px",
+        "pool": "pool {}",
+        "precision": "{}",
+    }  # resize follows from the crop
     other = [name for name in words if _differ(own.get(name), main.get(name))]
     return [f"its own {name}" if own[name] == OWN else words[name].format(own[name]) for name in other]

@@ -85,6 +85,7 @@ def score_texts(
                 "templates": list(prompts.templates),
                 "class_names": prompts.names,
                 "prompts": len(prompts.texts),
+                "texts_in": "float32",
                 "classifier": "mean of a class's prompts at length 1, at length 1 again",
             }
         }
@@ -101,6 +102,7 @@ def score_texts(
         found["protocol"] = {
             "captions": _told(captions),
             "images_without_caption": without,
+            "texts_in": "float32",
             "right": "the texts that an image has, and the images that have a text; the same words are one text",
             "ties": "count against",
         }

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from evaluation.errors import EvaluationError
-from evaluation.finetune import Finetune, classifier, finetune, groups_of
+from evaluation.finetune import Classifier, Finetune, classifier, finetune, groups_of
 from evaluation.finetune_views import FinetuneRecipe
 from evaluation.ranks import top
 from tasks.encoder_config import EncoderConfig
@@ -84,6 +84,19 @@ def test_it_learns_and_repeats(world: Path, cache: Path, encoder_file: Path) -> 
     assert (found.steps, found.batch_size) == (30, 48) and top(found.rank) > 60
     again = finetune(encoder, data, replace(config))
     assert np.array_equal(found.rank, again.rank)
+
+
+def test_it_is_scored_in_the_precision_that_it_was_trained_in(world: Path, cache: Path, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    half = data_of(world / "train", world / "test", encoder, precision="bfloat16")
+    seen: dict[bool, set[bool]] = {True: set(), False: set()}
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen[module.training].add(torch.is_autocast_enabled("cpu"))
+        if isinstance(module, Classifier) else None
+    )  # fmt: skip
+    finetune(encoder, half, Finetune(epochs=1, warmup_epochs=0, batch_size=48, randaugment=""))
+    hook.remove()
+    assert seen == {True: {True}, False: {True}}
 
 
 def test_what_cannot_be_tuned_is_one_line(world: Path, cache: Path, encoder_file: Path) -> None:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.floors import PixelFeatures, floors, pixel_side, shrink_pixels
+from evaluation.floors import PixelFeatures, floors, pixel_side, shrink_pixels, untrained_floor
 from evaluation.probes import ProbeData, ProbeSettings
+from evaluation.protocol import floor_protocol
 from tasks.encoders import Encoder
 from tests.evaluation.conftest import CONFIG
 
@@ -36,6 +37,31 @@ def test_floors_are_measured_once(tmp_path: Path) -> None:
     arguments["data_hashes"] = ("a", "other")
     floors(CONFIG, fake_measure(seen), ("knn",), ProbeSettings(), **arguments)
     assert len(seen) == 4
+
+
+def test_a_floor_from_the_cache_names_the_versions_that_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> list[dict[str, object]]:
+        both = floors(
+            CONFIG, fake_measure([]), ("knn",), ProbeSettings(), train_images=40, data_hashes=("a",), cache_dir=tmp_path
+        )
+        trained = untrained_floor(
+            "linear_mae", CONFIG, ProbeSettings(), lambda _: {"top1": 1.0, "protocol": {}}, data_hashes=("a",),
+            batch_size=2, cache_dir=tmp_path,
+        )  # fmt: skip
+        return [both["raw_pixels"]["knn"], both["untrained"]["knn"], trained]
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr("evaluation.floors.versions", lambda: {"trivit": "0.0.7"})
+        first = made()
+    shared = {"versions": {"trivit": "now"}, "checkpoint": "of the run", "crop": 16}
+    assert made() == first
+    for floor in first:
+        assert (
+            floor_protocol(shared, floor["protocol"]).items() >= {"versions": {"trivit": "0.0.7"}, "crop": 16}.items()
+        )
+        assert "checkpoint" not in floor_protocol(shared, floor["protocol"])
 
 
 def test_the_untrained_encoder_is_the_same_every_time_and_leaves_the_random_state(tmp_path: Path) -> None:

@@ -172,6 +172,13 @@ def test_probes_on_images_on_the_command_line(
     assert found["linear_paper"]["protocol"]["chosen_on"].startswith("24 train images")
     assert found["linear_paper"]["protocol"]["rates"] == [0.1]
     assert found["finetune"]["protocol"]["layer_decay"] == 0.65
+    pools = {name: each["protocol"].get("pool") for name, each in (found | found["floors"]["untrained"]).items()
+             if name in names}  # fmt: skip
+    assert pools == {"linear_paper": None, "attentive": None} | dict.fromkeys(
+        ("linear_mae", "finetune", "corruptions"), "mean"
+    )
+    assert found["linear_paper"]["protocol"]["head_sees"] in ("1 class tokens", "1 class tokens + mean patch")
+    assert "learned query" in found["attentive"]["protocol"]["head_sees"]
     printed = capsys.readouterr().out
     assert all(f"\n{name}: top-1 " in printed for name in names)
     assert printed.count("\n  the untrained encoder top-1 ") == printed.count("always the largest class: 16.7%") == 5
@@ -222,7 +229,11 @@ def test_probes_on_masks_need_no_labels(
     data = [write_masked(tmp_path / name, 12, seed=0) for name in ("train", "test")]
     small = ["--set", "segmentation.steps=3", "--set", "segmentation.batch_size=4"]
     command = ["evaluate", str(encoder_file), "--test", str(data[1]), "--output", str(tmp_path)]
-    assert main([*command, "--probes", "localisation"]) == 0
+    assert main([*command, "--probes", "localisation", "--precision", "bfloat16"]) == 0
+    looked = json.loads((tmp_path / "results.json").read_text())
+    for of in (looked["localisation"]["protocol"], looked["floors"]["untrained"]["localisation"]["protocol"]):
+        assert "crop" not in of and "resize" not in of and "squeezed into a square" in of["interpolation"]
+        assert (of["side"], of["precision"], set(of["versions"])) == (16, "float32", {"trivit", "torch"})
     assert main([*command, "--train", str(data[0]), "--probes", "segmentation", *small]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["segmentation"]["protocol"]["classes"] == 2 and found["localisation"]["images"] == 12
