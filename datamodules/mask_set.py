@@ -3,7 +3,9 @@
 Axes: b = images, c = channels, s = side of the crop, h w = rows and columns of an image.
 """
 
+import contextlib
 import io
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from datamodules.crops import center_crop, flip, resize_shorter_side
 from datamodules.errors import DataError
@@ -98,14 +101,14 @@ class MaskBatches(Dataset[dict[str, Any]]):
         return {"image": torch.stack(images), "mask": torch.stack(masks).long(), "key": keys}
 
 
-def read_mask(reader: ShardReader, shard: int, sample: int, size: tuple[int, int]) -> Tensor | None:
-    """Class numbers [1 h w] of a sample's pixels; None without a mask, or with one of another size than the image."""
+def read_mask(reader: ShardReader, shard: int, sample: int, size: tuple[int, int] | None) -> Tensor | None:
+    """Class numbers [1 h w] of a sample's pixels; None without a mask, or with one that has not that size."""
     data = reader.member(shard, sample, MASK)
     if data is None:
         return None
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
-            if (file.height, file.width) != size:
+            if size is not None and (file.height, file.width) != size:
                 return None
             pixels = np.array(file)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
@@ -113,19 +116,19 @@ def read_mask(reader: ShardReader, shard: int, sample: int, size: tuple[int, int
     return torch.from_numpy(pixels.astype(np.int32))[None] if pixels.ndim == 2 else None
 
 
-def mask_classes(manifest: Manifest, looked_at: int = 1000) -> int:
-    """One more than the largest class in some masks of a set, spread evenly over it; 255 (ignored) does not count."""
-    reader, largest = ShardReader(manifest), -1
-    places = [(shard, i) for shard, described in enumerate(manifest.shards) for i in range(described.samples)]
-    for place in places[:: max(1, len(places) // looked_at)]:
-        try:
-            image = reader.image(*place)[1]
-            mask = read_mask(reader, *place, (image.shape[1], image.shape[2]))
-        except BadSampleError:
-            continue
-        if mask is not None and len(known := mask[mask != IGNORE]):
-            largest = max(largest, int(known.max()))
-    return largest + 1
+def mask_classes(manifest: Manifest, progress: bool = False) -> dict[int, int]:
+    """In how many masks each class is, by class; 255 (ignored) does not count. All masks are read, images are not."""
+    reader, found = ShardReader(manifest), Counter[int]()
+    with tqdm(total=manifest.num_samples, desc=f"masks of {manifest.name}", unit="img", leave=False,
+              disable=None if progress else True) as bar:  # fmt: skip
+        for shard, described in enumerate(manifest.shards):
+            for sample in range(described.samples):
+                with contextlib.suppress(BadSampleError):
+                    mask = read_mask(reader, shard, sample, None)
+                    found.update([] if mask is None else np.unique(mask).tolist())
+                bar.update()
+    del found[IGNORE]
+    return dict(sorted(found.items()))
 
 
 def _resize_mask(mask: Tensor, size: int) -> Tensor:

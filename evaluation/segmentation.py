@@ -25,9 +25,11 @@ from evaluation.bootstrap import percentile_interval, resampled_sums
 from evaluation.errors import EvaluationError
 from evaluation.frozen_heads import frozen, on_device
 from evaluation.image_data import ImageData
+from evaluation.set_facts import remembered
 from tasks.encoders import Encoder
 
 Doubles = NDArray[np.float64]
+MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Segmentation:
         rate: of AdamW, at its peak; it falls linearly to 0 after the warm-up.
         weight_decay: of all that is trained.
         warmup_steps: in which the rate rises from 0; at most a tenth of all.
-        classes: in the masks; 0: as found in some of them.
+        classes: in the masks; 0: as found in those of train.
     """
 
     steps: int = 40_000
@@ -82,9 +84,8 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
         "crop_size": about.image_size, "resize": about.resize, "channels": about.in_chans, "bits": about.bits
     }  # fmt: skip
     learn = MaskBatches(train, batch_size=config.batch_size, seed=seed, **cut)
-    classes = config.classes or mask_classes(load_manifest(train))
-    if classes < 2:
-        raise EvaluationError("segmentation: the masks of train have one class only")
+    scored = MaskBatches(test, batch_size=config.batch_size, **cut)
+    classes = _classes(train, test, config, data.progress)
     tokens = frozen(lambda images: encoder(images).patches, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,7 +96,6 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
               disable=None if data.progress else True) as bar:  # fmt: skip
         for step, batch in enumerate(learn.batches(config.steps, data.workers, on_accelerator)):
             mask = batch["mask"].to(data.device)
-            _check_mask(mask, classes)
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
             loss = F.cross_entropy(logits, mask, ignore_index=IGNORE)
             optimizer.zero_grad()
@@ -111,11 +111,9 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
                 )
     head.eval()
     found: list[Doubles] = []
-    scored = MaskBatches(test, batch_size=config.batch_size, **cut)
     with torch.no_grad():
         for batch in scored.batches(workers=data.workers, on_accelerator=on_accelerator):
             mask = batch["mask"].to(data.device)
-            _check_mask(mask, classes)
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
             found += [pixel_counts(p, m, classes) for p, m in zip(logits.argmax(1), mask, strict=True)]
     if not found:
@@ -132,13 +130,33 @@ def _logits(head: nn.Module, patches: Tensor, encoder: Encoder, mask: Tensor) ->
     return F.interpolate(head(grid), mask.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _check_mask(mask: Tensor, classes: int) -> None:
-    known = mask[mask != IGNORE]
-    if len(known) and (int(known.max()) >= classes or int(known.min()) < 0):
+def _classes(train: Path, test: Path, config: Segmentation, progress: bool) -> int:
+    """How many classes the head tells apart, from all masks, before anything is learned.
+
+    Raises:
+        EvaluationError: train has one class only, test has others than train, or there are more than was said.
+    """
+    known, asked = (_found(root, progress) for root in (train, test))
+    if len(known) < 2:
+        raise EvaluationError("segmentation: the masks of train have one class only")
+    if config.classes and max(known) >= config.classes:
         raise EvaluationError(
-            f"segmentation: a mask has class {int(known.max())}, but {classes} were expected: say how many with "
-            "--set segmentation.classes=N"
+            f"segmentation: a mask has class {max(known)}, but {config.classes} were expected: say how many with "
+            "--set segmentation.classes=N, or leave that out"
         )
+    if lost := [f"{number} (in {masks:,})" for number, masks in asked.items() if number not in known]:
+        more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+        raise EvaluationError(
+            f"segmentation: masks of test have classes that no mask of train has: {', '.join(lost[:MOST_NAMED])}{more}"
+            ": add such images to train, or mark these pixels with 255 in test"
+        )
+    return config.classes or max(known) + 1
+
+
+def _found(root: Path, progress: bool) -> dict[int, int]:
+    manifest = load_manifest(root)
+    pairs = remembered("masks 1", [manifest.fingerprint], lambda: list(mask_classes(manifest, progress).items()))
+    return dict(pairs)
 
 
 def pixel_counts(predicted: Tensor, mask: Tensor, classes: int) -> Doubles:

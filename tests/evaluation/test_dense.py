@@ -22,6 +22,8 @@ from evaluation.segmentation import Segmentation, iou_result, pixel_counts, segm
 from tasks.encoders import Encoder
 from tests.evaluation.conftest import CONFIG
 
+pytestmark = pytest.mark.usefixtures("cache")  # where it is kept which classes masks have
+
 NONE = np.zeros(0, np.int64)
 
 
@@ -72,7 +74,7 @@ def test_masks_are_cut_and_mirrored_with_their_images(masked: Path) -> None:
         assert batch["mask"].shape == (60, 12, 12)
         assert (bright == (batch["mask"] == 1))[known].float().mean() > 0.95
     assert batch["key"] != sorted(batch["key"])
-    assert mask_classes(load_manifest(masked / "train")) == 2
+    assert mask_classes(load_manifest(masked / "train")) == {0: 60, 1: 60}
 
 
 def test_a_linear_layer_finds_bright_patches_and_repeats(masked: Path) -> None:
@@ -83,6 +85,25 @@ def test_a_linear_layer_finds_bright_patches_and_repeats(masked: Path) -> None:
     assert len(found["per_class"]) == 2 and found["miou"] == pytest.approx(np.mean(found["per_class"]))
     again = segmentation(encoder_of(), masked / "train", masked / "test", data_of(masked / "test"), config, seed=0)
     assert again == found
+
+
+def test_a_class_in_a_single_mask_is_known_before_anything_is_learned(
+    masked: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, plain = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)
+    rare = plain.copy()
+    rare[:8] = 4
+    for name, mask in (("train", rare), ("test", plain)):
+        with ShardWriter(tmp_path / name, samples_per_shard=500) as writer:
+            for i in range(1101):
+                writer.write(f"{i:04d}", {"png": png(pixels), "mask.png": png(mask if i == 1099 else plain)})
+    few = Segmentation(steps=1, batch_size=4)
+    found = segmentation(encoder_of(), tmp_path / "train", tmp_path / "test", data_of(tmp_path / "test"), few, 0)
+    assert len(found["per_class"]) == 5
+    for read in (mask_classes, None):  # the second time the masks were read before
+        monkeypatch.setattr("evaluation.segmentation.mask_classes", read)
+        with pytest.raises(EvaluationError, match=r"no mask of train has: 4 \(in 1\)"):
+            segmentation(encoder_of(), masked / "train", tmp_path / "train", data_of(tmp_path / "test"), few, 0)
 
 
 def test_mean_iou_by_hand() -> None:
@@ -102,8 +123,10 @@ def test_what_cannot_be_segmented_is_one_line(masked: Path, world: Path, tmp_pat
     with pytest.raises(EvaluationError, match="one class only"):
         segmentation(encoder_of(), write_masked(tmp_path / "empty", 8, 0, value=0), test, data_of(test), few, 0)
     more = write_masked(tmp_path / "more", 8, 0, value=7)
-    with pytest.raises(EvaluationError, match=r"a mask has class 7, but 2 were expected: .*segmentation.classes=N"):
+    with pytest.raises(EvaluationError, match=r"of test have classes that no mask of train has: 7 \(in 8\)"):
         segmentation(encoder_of(), masked / "train", more, data_of(more), few, 0)
+    with pytest.raises(EvaluationError, match=r"a mask has class 7, but 2 were expected: .*segmentation.classes=N"):
+        segmentation(encoder_of(), more, more, data_of(more), replace(few, classes=2), 0)
     ill = encoder_of()
     with torch.no_grad():
         ill.trunk.blocks[0].norm1.weight.fill_(torch.nan)
