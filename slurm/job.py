@@ -27,6 +27,7 @@ class Job:
         time: limit, in SLURM's manner (24:00:00, 2-00:00:00).
         grace: seconds before the limit at which the run is told to write a checkpoint.
         patience: seconds that ranks get to end by themselves when one has ended.
+        attempts: starts from one checkpoint, after which a job that is interrupted again is not queued again.
         container: command that runs another one inside a container, e.g. `apptainer exec --nv trivit.sif`.
         setup: shell lines before the start, e.g. `module load cuda`.
         environment: variables to export.
@@ -48,6 +49,7 @@ class Job:
     time: str | None = None
     grace: int = 180
     patience: int = 120
+    attempts: int = 10
     container: str = ""
     setup: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)

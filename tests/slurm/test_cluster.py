@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from datamodules.synth import synth
+from slurm.job import Job, pretrain_script
 from tests.pretrain.processes import OBJECTIVES, end, losses, samples, start
 from tests.slurm import cluster
 
@@ -148,6 +149,27 @@ def test_a_lost_node_and_a_killed_rank(slurm: dict[str, str], images: Path, tmp_
     wait(slurm, job, "PENDING")
     assert "after a new checkpoint: queued again" in log.read_text()
     call(slurm, "scancel", job)
+
+
+def test_a_rank_that_fails_alone_ends_the_job_with_its_reason(
+    slurm: dict[str, str], images: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """The second node lacks the data; the first rank waits for it in vain, and SLURM ends it for that."""
+    run, missing, program = tmp_path / "run", tmp_path / "missing", tmp_path / "trivit"
+    program.write_text(f'#!/bin/bash\n[ $SLURM_PROCID = 0 ] || more="--data.train {missing}"\n{PROGRAM} "$@" $more\n')
+    program.chmod(0o755)
+    script = run / "slurm/pretrain.sbatch"
+    script.parent.mkdir(parents=True)
+    command = [*TRAIN, "--data.train", images, "--output", run, "--trainer.num_nodes", 2, "--trainer.devices", 1]
+    command = [program, "pretrain", *command, "--trainer.strategy", "ddp"]
+    job = Job("alone", nodes=2, patience=5)
+    script.write_text(pretrain_script(job, "test", script, run, list(map(str, command))))
+    number = call(slurm, "sbatch", "--parsable", script).strip()
+    wait(slurm, number, "FAILED")
+    log = (run / "slurm" / f"{number}.out").read_text()
+    assert f"trivit: rank 1 on n2: {missing}" in log and re.search(r"n1: task 0: (Killed|Terminated)", log), log
+    assert "the first rank to end was n2: task 1: Exited with exit code 2" in log
+    assert log.splitlines()[-1].endswith("the settings are wrong, see above: not queued again"), log
 
 
 def ranks(run: Path) -> list[int]:

@@ -93,16 +93,47 @@ case "$1 $2" in
     "show hostnames") echo n1; echo n2 ;;
     "show node") echo "NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.7 Port=6818" ;;
     "show job") echo "JobId=7 JobState=$JOB_STATE Reason=None" ;;
-    "requeue 7") echo requeue >> "$CALLS" ;;
+    "requeue 7")
+        [ -z "$REFUSED" ] || { echo "$REFUSED" >&2; exit 1; }
+        tail -n 1 "$LOG" | grep -q "queued again$" && echo "said too early" >> "$CALLS"
+        echo requeue >> "$CALLS"
+        ;;
 esac
 """,
     "srun": """#!/bin/bash
 echo "$MASTER_ADDR:$MASTER_PORT" >> "$CALLS"
-[ -n "$CHECKPOINT" ] && mkdir -p "$(dirname "$CHECKPOINT")" && echo new > "$CHECKPOINT"
+[ -n "$CHECKPOINT" ] && mkdir -p "$(dirname "$CHECKPOINT")" && echo "$CALLS" >> "$CHECKPOINT"
+[ -n "$ENDS" ] && echo "$ENDS" >&2
 exit "$CODE"
 """,
     "sleep": "#!/bin/bash\n",
 }
+
+
+def attempt(folder: Path, code: int, *, state="RUNNING", checkpoint=False, ends="", refused="", attempts=10):
+    """Run the script of job 7 once, with a SLURM that plays its part; exit code, what it said, what it asked SLURM."""
+    for name, text in FAKES.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    run = folder / "run"
+    (run / "slurm").mkdir(parents=True, exist_ok=True)
+    calls, log = folder / "calls", run / "slurm/7.out"
+    calls.write_text("")
+    job = Job("run", attempts=attempts)
+    text = pretrain_script(job, "x", run / "slurm/pretrain.sbatch", run, ["trivit", "pretrain"])
+    environment = {
+        "PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "CALLS": str(calls),
+        "CODE": str(code), "JOB_STATE": state, "CHECKPOINT": str(run / "checkpoints/last.ckpt") if checkpoint else "",
+        "ENDS": ends, "REFUSED": refused, "LOG": str(log),
+    }  # fmt: skip
+    before = len(log.read_text()) if log.exists() else 0
+    with log.open("a") as file:
+        done = subprocess.run(["bash"], input=text, text=True, stdout=file, stderr=file, env=environment, check=False)
+    first, *asked = calls.read_text().splitlines()
+    assert first == "10.0.0.7:20007"
+    said = log.read_text()[before:]
+    assert all(line.startswith("trivit: ") or line in ends.splitlines() for line in said.splitlines()), said
+    return done.returncode, said.splitlines(), asked
 
 
 @pytest.mark.parametrize(
@@ -111,7 +142,9 @@ exit "$CODE"
         (0, "RUNNING", False, False, "finished"),
         (99, "RUNNING", True, True, "interrupted with a checkpoint: queued again"),
         (99, "COMPLETING", True, False, "SLURM itself is ending the job"),
+        (99, "", True, False, "SLURM does not answer"),
         (143, "RUNNING", False, True, "before training began: queued again"),
+        (143, "RUNNING", True, True, "interrupted after a new checkpoint: queued again"),
         (138, "RUNNING", False, False, "raise --time"),
         (2, "RUNNING", True, False, "the settings are wrong"),
         (1, "RUNNING", True, True, "failed (exit code 1) after a new checkpoint: queued again"),
@@ -120,19 +153,49 @@ exit "$CODE"
     ],
 )
 def test_how_a_run_ends_decides_what_follows(tmp_path, code, state, checkpoint, requeued, said):
-    for name, text in FAKES.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    calls, run = tmp_path / "calls", tmp_path / "run"
-    text = pretrain_script(Job("run"), "x", run / "slurm/pretrain.sbatch", run, ["trivit", "pretrain"])
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "CALLS": str(calls),
-        "CODE": str(code), "JOB_STATE": state, "CHECKPOINT": str(run / "checkpoints/last.ckpt") if checkpoint else "",
-    }  # fmt: skip
-    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=environment, check=False)
-    assert done.returncode == code and done.stderr == ""
-    assert said in done.stdout.splitlines()[-1]
-    assert calls.read_text().splitlines() == ["10.0.0.7:20007", *(["requeue"] if requeued else [])]
+    ended, lines, asked = attempt(tmp_path, code, state=state, checkpoint=checkpoint)
+    assert ended == code and said in lines[-1] and asked == (["requeue"] if requeued else [])
+
+
+TOLD = "srun: error: n1: task 0: Terminated"
+
+
+@pytest.mark.parametrize(
+    ("code", "ends", "ended", "requeued", "said"),
+    [
+        (143, f"srun: error: n2: task 1: Exited with exit code 2\n{TOLD}", 2, False, "the settings are wrong"),
+        (137, f"srun: error: n2: tasks 4-6,7: Exited with exit code 2\n{TOLD}", 2, False, "the settings are wrong"),
+        (143, f"srun: error: n2: task 1: Exited with exit code 1\n{TOLD}", 1, False, "failed (exit code 1) without"),
+        (143, f"srun: error: n2: task 1: Out Of Memory\n{TOLD}", 137, False, "failed (exit code 137) without"),
+        (137, f"srun: error: n2: task 1: Exited with exit code 99\n{TOLD}", 99, True, "with a checkpoint: queued"),
+        (143, f"{TOLD}\nsrun: error: n2: task 1: Exited with exit code 1", 143, True, "queued again"),  # preempted
+    ],
+)
+def test_a_rank_that_fails_is_not_hidden_by_those_that_were_ended_for_it(
+    tmp_path, code, ends, ended, requeued, said
+):  # fmt: skip
+    """What earlier attempts said does not count."""
+    attempt(tmp_path, 143, ends="srun: error: n1: task 0: Exited with exit code 3\n" + TOLD)
+    found, lines, asked = attempt(tmp_path, code, ends=ends)
+    assert found == ended and said in lines[-1] and asked == (["requeue"] if requeued else [])
+    if ended != 143:
+        assert f"the first rank to end was {ends.splitlines()[0].removeprefix('srun: error: ')}" in lines[-2]
+
+
+@pytest.mark.parametrize("code", [143, 99])
+def test_attempts_without_a_new_checkpoint_come_to_an_end(tmp_path, code):
+    for _ in range(2):
+        assert attempt(tmp_path, code, attempts=3)[2] == ["requeue"]
+    _, lines, asked = attempt(tmp_path, code, attempts=3)
+    assert not asked and lines[-1].endswith("that was attempt 3 without a new checkpoint: not queued again")
+    for _ in range(4):
+        assert attempt(tmp_path, code, attempts=3, checkpoint=True)[2] == ["requeue"]
+
+
+def test_what_slurm_refuses_is_not_called_queued(tmp_path):
+    code, lines, asked = attempt(tmp_path, 99, checkpoint=True, refused="Requested operation is presently disabled")
+    assert code == 99 and not asked
+    assert lines[-1].endswith("SLURM does not queue it again: Requested operation is presently disabled")
 
 
 WATCHED = {
