@@ -18,7 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import RunError
-from tasks.sharded_files import ABOUT, read_about, read_sharded, save_flushed, whole
+from tasks.sharded_files import ABOUT, read_about, read_shard, read_sharded, save_flushed, whole
 
 LAST, PREVIOUS, PART = "last.ckpt", "previous.ckpt", "last.ckpt.part"
 CHECKERS = 8
@@ -78,21 +78,29 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None: every byte that matters is as it was written."""
     try:
         if not path.is_dir():
-            files = [path]
-        elif not (path / ABOUT).is_file():
+            if reason := _damage_of_file(path):
+                return reason
+            load_pieces(path)
+            return None
+        if not (path / ABOUT).is_file():
             return f"{ABOUT} is missing: it was not written to its end"
-        elif reason := _damage_of_file(path / ABOUT):
+        if reason := _damage_of_file(path / ABOUT):
             return reason
-        else:
-            sizes: dict[str, int] = read_about(path)["shards"]
-            for name, size in sizes.items():
-                if not (path / name).is_file() or (path / name).stat().st_size != size:
-                    return f"{name} is missing or has lost bytes"
-            files = [path / name for name in sizes]
+        about = read_about(path)
+        sizes: dict[str, int] = about["shards"]
+        for name, size in sizes.items():
+            if not (path / name).is_file() or (path / name).stat().st_size != size:
+                return f"{name} is missing or has lost bytes"
         with ThreadPoolExecutor(CHECKERS) as pool:  # zlib's checksum lets other threads run
-            return next((reason for reason in pool.map(_damage_of_file, files) if reason), None)
-    except (OSError, KeyError, TypeError) as error:
-        return str(error) or type(error).__name__
+            if reason := next(filter(None, pool.map(_damage_of_file, [path / name for name in sizes])), None):
+                return reason
+        for name in sizes:
+            read_shard(path / name, about)
+        return None
+    except (OSError, ValueError) as error:
+        return str(error)
+    except Exception as error:  # in what no checksum covers
+        return f"{path.name}: damaged ({type(error).__name__})"
 
 
 def _damage_of_file(path: Path) -> str | None:

@@ -1,6 +1,7 @@
 """`--trainer.strategy fsdp2`: parameters, gradients and optimiser state are shared out to the ranks."""
 
 import errno
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from pretrain.checkpoint_files import flush_folder, load_pieces, remove
 from pretrain.checkpoint_writer import CheckpointWriter
-from tasks.sharded_files import ABOUT, Pieces, save_flushed, shard_name, split_off
+from tasks.sharded_files import Pieces, save_about, save_shard, shard_name, split_off
 from tasks.sharding import average_scalars, fill, rows
 
 NAME = "fsdp2"
@@ -69,9 +70,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _write(self, folder: Path, rest: Any, mine: Any) -> None:
         """Collective."""
-        self._together(lambda: _make_anew(folder) if self.is_global_zero else None)
+        save = self._together(lambda: _make_anew(folder) if self.is_global_zero else None)[0]
         name = shard_name(self.global_rank)
-        sizes = dict(self._together(lambda: (name, save_flushed(mine, folder / name))))
+        sizes = dict(self._together(lambda: (name, save_shard(mine, save, folder / name))))
         if not self.is_global_zero:
             return
         for rank, (name, size) in enumerate(sizes.items()):
@@ -79,7 +80,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 raise OSError(
                     errno.ENOENT, f"what rank {rank} has written is not here: the run must lie where all nodes see it"
                 )
-        save_flushed({"shards": sizes, "checkpoint": rest}, folder / ABOUT)
+        save_about(rest, sizes, save, folder)
         flush_folder(folder)
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
@@ -130,9 +131,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": held})
 
 
-def _make_anew(folder: Path) -> None:
+def _make_anew(folder: Path) -> str:
+    """The folder, empty, and an id for what will be saved to it."""
     remove(folder)
     folder.mkdir(parents=True)
+    return uuid.uuid4().hex
 
 
 def _like(parameter: Tensor, value: Any) -> Any:

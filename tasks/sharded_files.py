@@ -4,6 +4,9 @@
     last.ckpt/about.pt             the checkpoint as one file would have it, with a note in the place of every sharded
                                    tensor, and the size of every shard; written last: without it the folder is not whole
 
+Each of them has the id of the save that it belongs to, so that files of two saves are never taken for one checkpoint.
+(Those of earlier versions have none and are read as they are.)
+
 All are archives of `torch.save`, with a CRC-32 of every record, and are read with `weights_only=True`. Rows stay on the
 disk until they are asked for.
 """
@@ -20,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from tasks.sharding import local, rows
 
-ABOUT, NOTE = "about.pt", "trivit.sharded"
+ABOUT, NOTE, SAVE = "about.pt", "trivit.sharded", "trivit.save"
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,35 @@ def shard_name(rank: int) -> str:
     return f"shard_{rank:05d}.pt"
 
 
+def save_shard(mine: dict[str, tuple[int, Tensor]], save: str, path: Path) -> int:
+    """Writes what `split_off` gave of a rank's rows, as part of this save; bytes. OSError when there is no room."""
+    return save_flushed({SAVE: save, **mine}, path)
+
+
+def save_about(rest: Any, shards: dict[str, int], save: str, folder: Path) -> None:
+    """Writes the rest, which makes the folder whole; `shards`: their files, and the bytes of each."""
+    save_flushed({SAVE: save, "shards": shards, "checkpoint": rest}, folder / ABOUT)
+
+
+def read_shard(path: Path, about: dict[str, Any]) -> dict[str, tuple[int, Tensor]]:
+    """Name -> first row and rows, mapped and not yet read; ValueError when they are of another save than `about`."""
+    held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if held.pop(SAVE, None) != about.get(SAVE):
+        raise ValueError(f"{path.name} is of another save than {ABOUT}")
+    return held
+
+
 def read_about(folder: Path) -> dict[str, Any]:
-    """What lies in `about.pt`: {"checkpoint": with notes, "shards": {file: bytes}}."""
+    """What lies in `about.pt`: {"checkpoint": with notes, "shards": {file: bytes}, SAVE: id}."""
     return torch.load(folder / ABOUT, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """The checkpoint in a folder, with Pieces in the place of sharded tensors."""
+    """The checkpoint in a folder, with Pieces in the place of sharded tensors; ValueError when it is of two saves."""
     about = read_about(folder)
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for file in sorted(about["shards"]):
-        held = torch.load(folder / file, map_location="cpu", weights_only=True, mmap=True)
-        for name, (first, part) in held.items():
+        for name, (first, part) in read_shard(folder / file, about).items():
             if len(part):
                 parts.setdefault(name, []).append((first, part))
 

@@ -16,7 +16,9 @@ import torch
 from pretrain import checkpoint_files
 from pretrain.checkpoint_files import LAST, PART, PREVIOUS, damage, find_checkpoint, put_in_place, remove
 from pretrain.errors import RunError
-from tasks.sharded_files import ABOUT, read_sharded, save_flushed, shard_name, whole
+from tasks.encoder_files import read_checkpoint
+from tasks.errors import TaskError
+from tasks.sharded_files import ABOUT, read_sharded, save_about, save_flushed, save_shard, shard_name, whole
 from tests.pretrain.conftest import pretrain
 
 KINDS = ("file", "folder")
@@ -31,9 +33,9 @@ def write(path: Path, step: int, kind: str) -> None:
         return
     path.mkdir()
     cuts = {shard_name(0): (0, rows[:31].clone()), shard_name(1): (31, rows[31:].clone())}
-    sizes = {name: save_flushed({"/state_dict/w": part}, path / name) for name, part in cuts.items()}
+    sizes = {name: save_shard({"/state_dict/w": part}, f"save {step}", path / name) for name, part in cuts.items()}
     note = {"trivit.sharded": "/state_dict/w", "shape": [60, 10], "dtype": torch.float32}
-    save_flushed({"shards": sizes, "checkpoint": {"global_step": step, "state_dict": {"w": note}}}, path / ABOUT)
+    save_about({"global_step": step, "state_dict": {"w": note}}, sizes, f"save {step}", path)
 
 
 def read(path: Path) -> int:
@@ -169,6 +171,30 @@ def test_a_damaged_newest_gives_way_to_the_one_before(kind: str, tmp_path: Path)
         cut(spoilt_files(tmp_path / name)[0], 0.9)
     with pytest.raises(RunError, match=r"last.ckpt is damaged .*previous.ckpt is damaged .*restore a copy"):
         find_checkpoint(tmp_path)
+
+
+def test_shards_of_two_saves_are_no_checkpoint(tmp_path: Path) -> None:
+    for step, name in ((1, PREVIOUS), (2, LAST)):
+        write(tmp_path / name, step, "folder")
+    shutil.copy(tmp_path / PREVIOUS / shard_name(1), tmp_path / LAST / shard_name(1))
+    path, findings = find_checkpoint(tmp_path)
+    assert path == tmp_path / PREVIOUS and findings == [
+        f"{tmp_path / LAST} is damaged (shard_00001.pt is of another save than about.pt)"
+    ]
+    with pytest.raises(TaskError, match=r"last.ckpt: it is damaged .*; the one before is .*previous"):
+        read_checkpoint(tmp_path / LAST)
+
+
+def test_a_folder_of_an_earlier_version_without_the_id_of_a_save_is_read(tmp_path: Path) -> None:
+    write(tmp_path / LAST, 1, "folder")
+    for file in (tmp_path / LAST).iterdir():
+        content = torch.load(file, weights_only=True)
+        del content["trivit.save"]
+        torch.save(content, file)
+    about = torch.load(tmp_path / LAST / ABOUT, weights_only=True)
+    about["shards"] = {name: (tmp_path / LAST / name).stat().st_size for name in about["shards"]}
+    torch.save(about, tmp_path / LAST / ABOUT)
+    assert damage(tmp_path / LAST) is None and read(tmp_path / LAST) == 1
 
 
 @pytest.mark.parametrize(("old", "new"), [KINDS, KINDS[::-1]])
