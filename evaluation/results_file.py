@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from datamodules.sidecars import cannot_write, write_aside
+from datamodules.sidecars import cannot_write, locked, write_aside
 from evaluation.errors import EvaluationError
 
 
@@ -32,9 +32,21 @@ def run_of(source: str | os.PathLike[str]) -> Path | None:
 def merge(place: Path, results: dict[str, Any]) -> None:
     """Put the results into the file, beside those of other probes that are there already; written aside, renamed.
 
+    Another evaluation that does so at the same time waits: what both have found is in the file in the end.
+
     Scores of another checkpoint are not kept beside the new ones, nor floors that were not made as their probe's score
     was (other train or test images, another crop, other settings): they would look comparable.
     """
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with locked(place.with_name(".results.lock"), wait=True):
+            new = _merged(place, results)
+            write_aside(place, (json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise EvaluationError(cannot_write(place, error)) from error
+
+
+def _merged(place: Path, results: dict[str, Any]) -> dict[str, Any]:
     old: dict[str, Any] = {}
     if place.exists():
         try:
@@ -57,12 +69,7 @@ def merge(place: Path, results: dict[str, Any]) -> None:
         for name in {**kept, **floors}
     }
     merged_floors = {name: floor for name, floor in merged.items() if floor}
-    new = scores | ({"floors": merged_floors} if merged_floors else {})
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(place, (json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise EvaluationError(cannot_write(place, error)) from error
+    return scores | ({"floors": merged_floors} if merged_floors else {})
 
 
 def _about(result: Any) -> tuple[Any, Any]:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,27 @@ def test_where_results_go(tmp_path: Path, world: Path) -> None:
 
 def test_from_python_it_is_one_call() -> None:
     assert evaluation.evaluate is evaluate
+
+
+HELD = """
+import fcntl, sys, time
+from pathlib import Path
+place = Path(sys.argv[1])
+with (place.parent / ".results.lock").open("a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    time.sleep(0.5)
+    place.write_text('{"linear": {"top1": 2}}')
+"""
+
+
+def test_two_evaluations_of_one_run_lose_no_scores(tmp_path: Path) -> None:
+    place = tmp_path / "results.json"
+    place.write_text("{}")
+    with subprocess.Popen([sys.executable, "-c", HELD, str(place)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        merge(place, {"knn": {"top1": 1}})
+    assert json.loads(place.read_text()) == {"linear": {"top1": 2}, "knn": {"top1": 1}}
 
 
 def test_floors_stay_with_the_scores_that_they_are_under(tmp_path: Path) -> None:
