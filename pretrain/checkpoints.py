@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules.errors import DataError
-from pretrain.checkpoint_files import LAST, PART, load_pieces, put_in_place, remove
+from pretrain.checkpoint_files import LAST, PART, PREVIOUS, load_pieces, put_in_place, remove
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import AgreedFailure, RunError, RunFailure, remedy
 from pretrain.guard import FiniteGuard
@@ -33,7 +33,7 @@ class Checkpoints(Callback):
         self.resumed: Path | None = None
         self._saved_step = sys.maxsize  # nothing can be worth saving before training starts
         self._first = True  # rank
-        self._whole_step = 0  # of last.ckpt; behind the other one while that is written in the background
+        self._whole_step = 0  # of the newest in its place; behind the other while that is written in the background
         self._part_is_whole = False
 
     @property
@@ -99,6 +99,8 @@ class Checkpoints(Callback):
             self._fail(error)
         self.stop.agree()
         self._saved_step = step
+        if not self.writer.background:
+            self._whole_step = step  # the first rank has put it in its place
 
     def finish(self, trainer: Trainer) -> None:
         """Collective where checkpoints are written in the background: the last one is in its place, or has failed."""
@@ -106,6 +108,7 @@ class Checkpoints(Callback):
             with trainer.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
                 self._wait()
             self.stop.agree()
+            self._whole_step = self._saved_step
 
     def _wait(self) -> None:
         """What went wrong in the background is raised where the ranks agree next."""
@@ -123,7 +126,7 @@ class Checkpoints(Callback):
         if self._first and not self._part_is_whole:
             with contextlib.suppress(OSError):
                 remove(self.directory / PART)
-        kept = f"the checkpoint of step {self._whole_step} is whole" if self.last.exists() else "there is no other"
+        kept = f"the checkpoint of step {self._whole_step} is whole" if self._whole_step else "there is no other"
         self.stop.fail(RunFailure(
             f"could not write a checkpoint to {self.directory} ({error.strerror or error}); {kept}. "
             f"{remedy(error)} and run the same command again"
@@ -146,6 +149,8 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         int(state["global_step"])
         return state
     except Exception as error:
+        before = checkpoint.with_name(PREVIOUS)
+        then = f"go on from {before}" if checkpoint != before and before.exists() else "begin this run anew"
         raise RunError(
-            f"{checkpoint} cannot be read ({type(error).__name__}); remove it to begin this run anew, or restore a copy"
+            f"{checkpoint} cannot be read ({type(error).__name__}); remove it to {then}, or restore a copy"
         ) from error

@@ -15,6 +15,7 @@ import torch
 
 from pretrain import checkpoint_files
 from pretrain.checkpoint_files import LAST, PART, PREVIOUS, damage, find_checkpoint, put_in_place, remove
+from pretrain.checkpoints import read_checkpoint as read_run_checkpoint
 from pretrain.errors import RunError
 from tasks.encoder_files import read_checkpoint
 from tasks.errors import TaskError
@@ -279,3 +280,34 @@ def test_a_whole_one_that_is_not_in_its_place_is_taken_before_the_one_before(kin
     assert path == tmp_path / PART and finding.startswith(f"{tmp_path / LAST} is damaged (")
     cut(spoilt_files(tmp_path / PART)[-1], 0.5)
     assert find_checkpoint(tmp_path) == (tmp_path / PREVIOUS, [finding])
+
+
+def test_a_failed_save_names_the_checkpoint_that_is_left_whatever_it_is_called(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, checkpoints = tmp_path / "run", tmp_path / "run/checkpoints"
+    command = [*small, "--output", run, "--checkpoint_every", 3]
+
+    def full(content: object, path: Path) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "save_flushed", full)
+        assert pretrain(*command) == 1
+    assert "; there is no other. Make room" in capsys.readouterr().err
+    assert pretrain(*command) == 0
+    remove(checkpoints / LAST)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "save_flushed", full)
+        assert pretrain(*command) == 1
+    assert "; the checkpoint of step 6 is whole. Make room" in capsys.readouterr().err
+    assert find_checkpoint(checkpoints) == (checkpoints / PREVIOUS, [])
+
+
+def test_what_cannot_be_read_is_not_all_there_is(tmp_path: Path) -> None:
+    for name in (LAST, PREVIOUS):
+        save_flushed({"weights": 1}, tmp_path / name)
+    with pytest.raises(RunError, match=r"last.ckpt cannot be read .KeyError.; remove it to go on from .*previous.ckpt"):
+        read_run_checkpoint(tmp_path / LAST)
+    with pytest.raises(RunError, match=r"previous.ckpt cannot be read .KeyError.; remove it to begin this run anew"):
+        read_run_checkpoint(tmp_path / PREVIOUS)
