@@ -11,18 +11,17 @@ Axes: b = images, t = tokens, d = width, k = classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from evaluation.errors import EvaluationError
-from evaluation.frozen_heads import frozen, ranks_of_heads, train_heads
+from evaluation.frozen_heads import frozen, train_heads
 from evaluation.image_data import ImageData, parts_of
 from evaluation.linear_mae import warmup_cosine
-from evaluation.linear_paper import Sweep, held_out_order
-from evaluation.ranks import top
+from evaluation.linear_paper import Sweep, choose, held_out_order
 from tasks.encoders import Encoder
 
 
@@ -32,7 +31,7 @@ class Attentive:
 
     Args:
         rates: of AdamW, for a batch of any size.
-        weight_decay: of matrices.
+        weight_decay: of matrices; biases, norms and the query have none.
         epochs: over what is left of train when some is held out.
         warmup: share of the steps.
         batch_size: images in a step.
@@ -97,18 +96,22 @@ def attentive(encoder: Encoder, data: ImageData, config: Attentive, seed: int = 
             torch.manual_seed(seed)  # the heads differ in their rate alone
             head = AttentiveHead(encoder.width, data.classes, config.head_width).to(data.device)
         heads[f"rate {rate:g}"] = head
-        for decayed in (False, True):
-            some = [parameter for parameter in head.parameters() if (parameter.ndim > 1) == decayed]
-            groups.append({"params": some, "lr": rate, "weight_decay": config.weight_decay * decayed})
-    train_heads(
+        groups += [group | {"lr": rate} for group in groups_of(head, config.weight_decay)]
+    diverged = train_heads(
         encoder, tokens, heads, torch.optim.AdamW(groups), warmup_cosine(config.warmup), data,
-        data.train_rows[order[:fitted]], batch_size=batch_size, steps=steps, seed=seed, name="attentive",
+        data.train_rows[order[:fitted]], batch_size=batch_size, steps=steps, seed=seed, name="attentive", in_parts=True,
     )  # fmt: skip
-    found = ranks_of_heads(encoder, tokens, heads, data.held_out(np.sort(order[fitted:])), "attentive: choosing")
-    held = {name: top(rank) for name, rank in found.items()}
-    best = max(held, key=lambda name: held[name])
-    rank = ranks_of_heads(encoder, tokens, {best: heads[best]}, data, "attentive: test")[best]
-    return Sweep(rank, best, held, steps, batch_size, len(order) - fitted)
+    fine = {name: head for name, head in heads.items() if name not in diverged}
+    rank, best, held = choose(encoder, tokens, fine, data, order[fitted:], "attentive")
+    diverged += [name for name in fine if name not in held]
+    return Sweep(rank, best, held, diverged, steps, batch_size, len(order) - fitted)
+
+
+def groups_of(head: AttentiveHead, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters that decay, and those that do not: biases, norms and the query."""
+    apart = [parameter for parameter in head.parameters() if parameter.ndim < 2 or parameter is head.pool.latent]
+    matrices = [parameter for parameter in head.parameters() if all(parameter is not each for each in apart)]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": apart, "weight_decay": 0.0}]
 
 
 def _all_tokens(encoder: Encoder, images: Tensor) -> Tensor:

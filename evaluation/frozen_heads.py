@@ -4,7 +4,7 @@ Axes: b = images, c = classes, h = heads, t = test images.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from datamodules.console import tell
 from datamodules.image_set import evaluation_loader
 from datamodules.labelled_batches import labelled_batches
 from datamodules.normalize import normalize
@@ -32,9 +33,11 @@ SCALE = (0.08, 1.0)
 def train_heads(
     encoder: Encoder, tokens: Callable[[Tensor], Any], heads: Mapping[str, nn.Module], optimizer: Optimizer,
     rate: Callable[[float], float], data: ImageData, rows: Ints, *, batch_size: int, steps: int, seed: int, name: str,
-    recipe: Recipe | None = None,
-) -> None:  # fmt: skip
+    recipe: Recipe | None = None, in_parts: bool = False,
+) -> list[str]:  # fmt: skip
     """Train every head on the mean of its own cross-entropy; the encoder stays as it is.
+
+    A head whose loss is not finite is left out from then on, which is said. Returns the names of these heads.
 
     Args:
         encoder: in evaluation mode, on the device.
@@ -49,9 +52,10 @@ def train_heads(
         seed: of order and crops.
         name: for the progress bar.
         recipe: None: random resized crops and flips.
+        in_parts: heads, too, see a batch in these parts: memory is that of a part. Not for a BatchNorm.
 
     Raises:
-        EvaluationError: a loss is not finite.
+        EvaluationError: the loss of no head is finite any more.
     """
     config = encoder.config
     batch_size, part = parts_of(batch_size, data.batch_size)
@@ -62,25 +66,41 @@ def train_heads(
     )  # fmt: skip
     peaks = [group["lr"] for group in optimizer.param_groups]
     bar = tqdm(total=steps * batch_size, unit="img", desc=name, leave=False, disable=None if data.progress else True)
+    learning, diverged = dict(heads), list[str]()
+
+    def parts() -> Iterator[tuple[Any, Tensor]]:
+        for _ in range(batch_size // part):
+            batch = next(batches)
+            yield tokens(on_device(batch["image"], encoder, data.device)), batch["label"].to(data.device)
+            bar.update(len(batch["label"]))
+
     with bar:
         for step in range(steps):
-            parts, labels = [], []
-            for _ in range(batch_size // part):
-                batch = next(batches)
-                parts.append(tokens(on_device(batch["image"], encoder, data.device)))
-                labels.append(batch["label"])
-                bar.update(len(batch["label"]))
-            seen, label = _joined(parts), torch.cat(labels).to(data.device)
-            losses = torch.stack([F.cross_entropy(head(seen), label) for head in heads.values()])
             optimizer.zero_grad()
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            losses = torch.zeros(len(learning), device=data.device)
+            for seen, label in parts() if in_parts else _whole(parts()):
+                each = torch.stack([F.cross_entropy(head(seen), label) for head in learning.values()])
+                each = each * (len(label) / batch_size)
+                each.sum().backward()  # type: ignore[no-untyped-call]
+                losses += each.detach()
+            if lost := _not_finite(learning, losses):
+                diverged += lost
+                for head in lost:
+                    learning.pop(head).zero_grad()  # of which the optimiser sees nothing any more
+                if not learning:
+                    raise EvaluationError(f"{name}: the loss is not finite with any head: lower the rates")
+                tell(f"{name}: {len(diverged)} of {len(heads)} heads left out: loss not finite (step {step + 1:,})")
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate(step / steps)
             optimizer.step()
             if step % 100 == 0 or step == steps - 1:
-                bar.set_postfix(loss=f"{float(losses.detach().nanmean()):.3f}")
-    if not losses.isfinite().any():
-        raise EvaluationError(f"{name}: the loss is not finite with any head: lower the rates")
+                bar.set_postfix(loss=f"{float(losses.nanmean()):.3f}")
+    return diverged
+
+
+def _not_finite(heads: Mapping[str, nn.Module], losses: Tensor) -> list[str]:
+    fine = losses.isfinite()
+    return [] if bool(fine.all()) else [name for name, good in zip(heads, fine.tolist(), strict=True) if not good]
 
 
 def ranks_of_heads(
@@ -133,6 +153,12 @@ def _floats(found: Any) -> Any:
         return found.float()
     parts = [_floats(each) for each in found]
     return type(found)(*parts) if hasattr(found, "_fields") else parts
+
+
+def _whole(parts: Iterable[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """All parts of a batch as one."""
+    seen, label = zip(*parts, strict=True)
+    yield _joined(list(seen)), torch.cat(label)
 
 
 def _joined(parts: list[Any]) -> Any:

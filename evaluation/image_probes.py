@@ -37,7 +37,9 @@ def score_attentive(encoder: Encoder, data: ImageData, settings: ProbeSettings) 
     """Cross-attention and a linear layer on frozen tokens, the rate chosen on a part of train."""
     found = attentive(encoder, data, settings.attentive, settings.seed)
     told = {"pool": None, "head_sees": "all tokens of the last block, gathered by a learned query"}
-    return _swept(found, data, settings, asdict(settings.attentive) | told, "AdamW, warm-up and cosine")
+    return _swept(
+        found, data, settings, asdict(settings.attentive) | told, "AdamW, decay of matrices alone, warm-up and cosine"
+    )
 
 
 def score_linear_mae(encoder: Encoder, data: ImageData, settings: ProbeSettings) -> Result:
@@ -64,6 +66,7 @@ def _swept(found: Sweep, data: ImageData, settings: ProbeSettings, config: dict[
         "batch_size": found.batch_size,
         "head": found.best,
         "heads_tried": found.held_out,
+        "heads_left_out": found.diverged or None,
         "chosen_on": f"{found.chosen_on:,} train images, stratified; the head did not learn from them",
         "seed": settings.seed,
     }

@@ -7,11 +7,11 @@ authors choose the best head on the test images; here it is chosen on a part of 
 Axes: b = images, c = channels, h w = pixels, d = width, f = channels of what a head sees, k = classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,11 +58,15 @@ class LinearPaper:
 
 
 class Sweep(NamedTuple):
-    """Rank of the true class [t] by the best head, its name, and the held-out top-1 of every head in percent."""
+    """Rank of the true class [t] by the best head, its name, and the held-out top-1 of every head in percent.
+
+    `diverged`: heads whose loss or scores were not finite, which could not be chosen.
+    """
 
     rank: Ints
     best: str
     held_out: dict[str, float]
+    diverged: list[str]
     steps: int
     batch_size: int
     chosen_on: int
@@ -105,16 +109,33 @@ def linear_paper(encoder: Encoder, data: ImageData, config: LinearPaper, seed: i
             head = _Head(number, encoder.width * (blocks + mean), data.classes).to(data.device)
             heads[_name(blocks, mean, rate)] = head
             groups.append({"params": list(head.parameters()), "lr": rate * batch_size / 256})
-    train_heads(
+    diverged = train_heads(
         encoder, tokens, heads, torch.optim.SGD(groups, momentum=0.9), cosine, data, data.train_rows[order[:fitted]],
         batch_size=batch_size, steps=config.steps, seed=seed, name="linear_paper",
     )  # fmt: skip
-    chosen_on = data.held_out(np.sort(order[fitted:]))
-    found = ranks_of_heads(encoder, tokens, heads, chosen_on, "linear_paper: choosing")
-    held = {name: top(rank) for name, rank in found.items()}
+    fine = {name: head for name, head in heads.items() if name not in diverged}
+    rank, best, held = choose(encoder, tokens, fine, data, order[fitted:], "linear_paper")
+    diverged += [name for name in fine if name not in held]
+    return Sweep(rank, best, held, diverged, config.steps, batch_size, len(order) - fitted)
+
+
+def choose(
+    encoder: Encoder, tokens: Callable[[Tensor], Any], heads: Mapping[str, nn.Module], data: ImageData, rows: Ints,
+    probe: str,
+) -> tuple[Ints, str, dict[str, float]]:  # fmt: skip
+    """The head that is best on those of the train images (positions): ranks on test [t], its name, top-1 of every head.
+
+    A head with a score that is not finite is none of them.
+
+    Raises:
+        EvaluationError: there is no other one.
+    """
+    found = ranks_of_heads(encoder, tokens, heads, data.held_out(np.sort(rows)), f"{probe}: choosing")
+    held = {name: top(rank) for name, rank in found.items() if (rank < data.classes).all()}
+    if not held:
+        raise EvaluationError(f"{probe}: the scores of no head are finite: lower the rates")
     best = max(held, key=lambda name: held[name])
-    rank = ranks_of_heads(encoder, tokens, {best: heads[best]}, data, "linear_paper: test")[best]
-    return Sweep(rank, best, held, config.steps, batch_size, len(order) - fitted)
+    return ranks_of_heads(encoder, tokens, {best: heads[best]}, data, f"{probe}: test")[best], best, held
 
 
 def held_out_order(data: ImageData, share: float, seed: int, name: str) -> tuple[Ints, int]:

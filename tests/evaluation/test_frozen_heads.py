@@ -12,10 +12,10 @@ from datamodules.errors import DataError
 from datamodules.labelled_batches import labelled_batches, shuffled
 from datamodules.manifest import load_manifest
 from datamodules.recipes import MAERecipe
-from evaluation.attentive import Attentive, AttentiveHead, attentive
+from evaluation.attentive import Attentive, AttentiveHead, attentive, groups_of
 from evaluation.errors import EvaluationError
 from evaluation.features import extract
-from evaluation.frozen_heads import cosine
+from evaluation.frozen_heads import cosine, frozen, ranks_of_heads, train_heads
 from evaluation.image_data import ImageData, parts_of, rows_of
 from evaluation.labels import match_labels
 from evaluation.linear_mae import LinearMAE, lars, linear_mae, warmup_cosine
@@ -197,9 +197,60 @@ def test_settings_that_cannot_be_trained_are_one_line(world_data: ImageData, enc
         linear_paper(encoder, alone, LinearPaper())
 
 
-def test_heads_with_infinite_scores_are_last(world_data: ImageData, encoder_file: Path) -> None:
-    from evaluation.frozen_heads import frozen, ranks_of_heads
+def test_heads_that_diverge_are_left_out_as_soon_as_seen(
+    world_data: ImageData, encoder_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = load_encoder(encoder_file)
+    found = linear_paper(encoder, world_data, LinearPaper(rates=(1e-2, 1e38), blocks=(1,), steps=6, batch_size=48))
+    wild = ["1 class tokens, rate 1e+38", "1 class tokens + mean patch, rate 1e+38"]
+    assert sorted(found.diverged) == sorted(wild) and len(found.held_out) == 2
+    assert found.best in found.held_out and found.best.endswith("rate 0.01")
+    assert "linear_paper: 2 of 4 heads left out: loss not finite (step 2)" in capsys.readouterr().err
+    with pytest.raises(EvaluationError, match="not finite with any head: lower the rates"):
+        linear_paper(encoder, world_data, LinearPaper(rates=(1e38,), steps=6, batch_size=48))
 
+
+def test_a_head_that_diverges_leaves_the_others_as_they_would_be(world_data: ImageData, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    few = LinearPaper(rates=(1e-2,), blocks=(1,), steps=4, batch_size=48)
+    alone = linear_paper(encoder, world_data, few)
+    for steps in (2, 4):  # also when it is seen at the last one
+        beside = linear_paper(encoder, world_data, replace(few, rates=(1e-2, 1e38), steps=steps))
+        assert len(beside.diverged) == 2 and beside.held_out.keys() == alone.held_out.keys()
+    first = "1 class tokens, rate 0.01"  # drawn before any other
+    assert beside.held_out[first] == alone.held_out[first]
+
+
+def test_parts_of_a_batch_teach_what_the_whole_does(world_data: ImageData, encoder_file: Path) -> None:
+    encoder = load_encoder(encoder_file)
+    tokens = frozen(encoder.features, world_data)
+    weights, sizes = [], []
+    for in_parts in (False, True):
+        torch.manual_seed(0)
+        head = nn.Linear(24, 6)
+        head.register_forward_hook(lambda _, seen, __: sizes.append(len(seen[0])))
+        train_heads(
+            encoder, tokens, {"one": head}, torch.optim.SGD(head.parameters(), lr=0.1), cosine,
+            replace(world_data, batch_size=16), world_data.train_rows, batch_size=96, steps=3, seed=0, name="x",
+            in_parts=in_parts,
+        )  # fmt: skip
+        weights.append(head.weight.detach().clone())
+    assert sizes == [96] * 3 + [16] * 18, "memory is that of a part"
+    torch.testing.assert_close(*weights)
+
+
+def test_the_query_the_norms_and_the_biases_do_not_decay() -> None:
+    head = AttentiveHead(24, 6, head_width=8)
+    decayed, kept = groups_of(head, 0.05)
+    names = {id(parameter): name for name, parameter in head.named_parameters()}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0)
+    told = {names[id(parameter)] for parameter in decayed["params"]}
+    assert told == {f"{each}.weight" for each in
+                    ("pool.q", "pool.kv", "pool.proj", "pool.mlp.fc1", "pool.mlp.fc2", "linear")}  # fmt: skip
+    assert told | {names[id(parameter)] for parameter in kept["params"]} == set(names.values())
+
+
+def test_heads_with_infinite_scores_are_last(world_data: ImageData, encoder_file: Path) -> None:
     class Broken(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.full((len(x), 6), torch.nan)
