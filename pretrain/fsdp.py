@@ -65,7 +65,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         rest, mine = split_off(checkpoint, copy=self.writer.background)
         kept = self.writer.keep(rest)
         if self.writer.background and self._apart is None:
-            self._apart = new_group(backend="gloo")  # what a thread says must not get between the words of training
+            # What a thread says must not get between the words of training.
+            self._apart = new_group(backend="gloo", timeout=self._timeout)
         self.writer.do(lambda: self._write(folder, kept, mine))
 
     def _write(self, folder: Path, rest: Any, mine: Any) -> None:

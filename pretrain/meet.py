@@ -7,6 +7,7 @@ comes early would find them and call there in vain. So each round of ranks gets 
 import os
 import time
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ import torch.distributed as dist
 PAUSE = 0.05  # seconds
 
 
-def meet(device: torch.device, backend: str | None = None) -> None:
+def meet(device: torch.device, timeout: timedelta, backend: str | None = None) -> None:
     """Collective: the process group of this round of ranks; nothing where no agent of torchrun serves a store.
 
     Waits for ever, until `Watchdog` ends it.
 
     Args:
         device: of this rank.
+        timeout: of collectives; longer than the watchdog's.
         backend: None: NCCL on a GPU, gloo elsewhere.
     """
     place = os.environ
@@ -29,13 +31,13 @@ def meet(device: torch.device, backend: str | None = None) -> None:
         return
     rank, world = int(place["RANK"]), int(place["WORLD_SIZE"])
     store = dist.TCPStore(  # type: ignore[attr-defined]
-        place["MASTER_ADDR"], int(place["MASTER_PORT"]), world, is_master=False
+        place["MASTER_ADDR"], int(place["MASTER_PORT"]), world, is_master=False, timeout=timeout
     )
     on_gpu = device.type == "cuda"
     own = dist.PrefixStore(agree_on_round(store, rank, world), store)  # type: ignore[attr-defined]
     dist.init_process_group(
         backend or ("nccl" if on_gpu else "gloo"), store=own, rank=rank, world_size=world,
-        device_id=device if on_gpu else None,
+        timeout=timeout, device_id=device if on_gpu else None,
     )  # fmt: skip
 
 

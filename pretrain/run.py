@@ -98,6 +98,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
         watchdog = Watchdog(config.start_timeout, config.step_timeout)
+        stop.timeout = watchdog.outlasted_by
         trainer, progress = _trainer(config, parts.trainer, directory, stop, (watchdog, *callbacks))
         progress.metrics.peak = peak
         _lay_out(trainer, task, data, stop)
@@ -129,8 +130,9 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
         try:
-            watchdog.watch(launched_rank(), trainer.world_size, launcher_of(trainer))
-            meet(trainer.strategy.root_device, getattr(trainer.strategy, "process_group_backend", None))
+            watchdog.watch(trainer.global_rank, trainer.world_size, launcher_of(trainer))
+            backend = getattr(trainer.strategy, "process_group_backend", None)
+            meet(trainer.strategy.root_device, watchdog.outlasted_by, backend)
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has made an exit code 1 of it
@@ -192,6 +194,9 @@ def _trainer(
         raise RunError(f"the trainer settings cannot work here: {error}") from error
     if isinstance(trainer.strategy, FSDP2Strategy):
         trainer.strategy.writer = writer
+    timeout = getattr(trainer.strategy, "_timeout", None)
+    if timeout is not None and stop.timeout is not None:
+        trainer.strategy._timeout = max(timeout, stop.timeout)  # type: ignore[attr-defined]
     # Until training starts a signal ends the process at once, wherever it waits: nothing is lost by it, and the batch
     # script of a job sees it. Lightning's own handler would call a collective, for which the others may not be there.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

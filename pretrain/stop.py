@@ -9,6 +9,7 @@ and makes all of them stop at the same place.
 import platform
 import signal
 import threading
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self.agreed: int | None = None
+        self.timeout: timedelta | None = None  # of collectives; None: torch's own
         self._failure: Exception | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
@@ -84,7 +86,7 @@ class StopRequest:
     def _over_cpu(self) -> Any:
         """Collective at first: reading an answer off an accelerator would wait for its whole queue."""
         if self._group is None:
-            self._group = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo", timeout=self.timeout)
         return self._group
 
 

@@ -1,6 +1,7 @@
 """Ranks that wait for others in vain end by themselves."""
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.synth import synth
+from pretrain import watchdog
 from pretrain.watchdog import Watchdog
 from tests.pretrain.processes import SMALL, end, start, wait_for
 
@@ -58,11 +60,71 @@ def test_a_rank_that_is_stuck_ends_the_other_which_says_where_it_waits(images: P
     assert "pretrain/run.py" in error[error.index(line) :], "the stack leads through the program"
 
 
+# In place of `trivit`: at the third step the second rank goes to sleep, and its own watchdog sleeps longer still.
+STUCK = """
+import sys, os, time
+import torch, torch.distributed as dist
+from datamodules.stream import TrainStream
+from pretrain.cli import main
+images = TrainStream._images
+def fall_asleep(stream, draws, *rest):
+    if draws.position[0] // 16 == 3:
+        for group in filter(lambda group: group.size() > 1, dist.distributed_c10d._world.pg_map):
+            timeout = group._get_backend(torch.device("cpu")).options._timeout
+            print("group waits", timeout.total_seconds(), file=sys.stderr)
+        time.sleep(1000)
+    return images(stream, draws, *rest)
+if os.environ["RANK"] == "1":
+    TrainStream._images = fall_asleep
+    sys.argv += ["--step_timeout", "7000"]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_every_rank_prints_its_stack_before_torchrun_ends_them(images: Path, tmp_path: Path) -> None:
+    """The first to lose patience tells the others; process groups of either kind have more patience than that."""
+    program = tmp_path / "stuck.py"
+    program.write_text(STUCK)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    more = ["--step_timeout", 4, "--data.workers", 0, "--checkpoint_every", 2, "--checkpoint_async", "true"]
+    sharded = ["--trainer.strategy", "fsdp2", "--trainer.devices", 2]
+    code, error = end(start([*SMALL, *sharded, *more, "--data.train", images, "--output", tmp_path / "run"], torchrun))
+    assert code == 1
+    told = sorted(line for line in error.splitlines() if line.startswith("trivit: "))
+    assert len(told) == 2, error
+    assert told[0].startswith("trivit: rank 0 of 2 on ") and "no micro-batch has ended for 4 s" in told[0]
+    assert told[1].startswith("trivit: rank 1 of 2 on ") and "rank 0 of 2 on " in told[1]
+    stacks = {rank: [line for line in error.splitlines() if line.startswith(f"rank {rank} | ")] for rank in (0, 1)}
+    for stack in stacks.values():
+        assert "MainThread" in stack[0] and any("pretrain/run.py" in line for line in stack)
+    assert "in fall_asleep" in stacks[1][1]
+    waits = [float(line.split()[-1]) for line in error.splitlines() if line.startswith("group waits")]
+    assert len(waits) >= 3 and min(waits) > 7000
+
+
+def test_a_rank_that_never_lets_go_of_the_interpreter_ends_with_its_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(watchdog, "GRACE", 0.5)
+    said = tmp_path / "said"
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+        watched = Watchdog(0.5, 0.5)
+        watched.watch(0, 2)
+        threading.Event().wait(0.1)
+        re.match(r"(a+)+$", "a" * 60 + "b")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert "in test_a_rank_that_never_lets_go" in said.read_text()
+
+
 def test_a_run_of_one_rank_is_not_watched() -> None:
-    watchdog = Watchdog(1, 1)
+    watched = Watchdog(100, 100)
     before = threading.active_count()
-    watchdog.watch(0, 1)
+    watched.watch(0, 1)
     assert threading.active_count() == before
-    watchdog.watch(0, 2)
+    watched.watch(0, 2)
     assert threading.active_count() == before + 1
-    watchdog.rest()
+    watched.rest()
