@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def test_one_class_folder_is_told_and_enough_for_test(
             evaluate(encoder_file, train=one, test=other, probes=("knn",), **how)
 
 
-def test_images_of_other_bytes_are_not_in_train(world: Path, tmp_path: Path) -> None:
+def test_images_of_other_bytes_are_not_in_train(
+    world: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert shared_images(world / "train", world / "test") == 0
-    assert shared_images(world / "train", write_images(tmp_path / "again", 30)) == 30
+    again = write_images(tmp_path / "again", 30)
+    assert shared_images(world / "train", again) == 30
+    with monkeypatch.context() as patched:  # once for each state of a set
+        patched.setattr("evaluation.overlap.read_index", None)
+        assert shared_images(world / "train", again) == 30
+    shutil.rmtree(again)
+    assert shared_images(world / "train", write_images(again, 20)) == 20
