@@ -15,6 +15,12 @@ from evaluation.pictures import picture
 from tasks.attention_weights import visit_attention
 from tasks.encoders import Encoder
 
+SOURCES = {
+    "cls": "the class token",
+    "mean": "the mean of the patches",
+    "cls+mean": "what features are (half class token, half mean of the patches)",
+}
+
 
 class Rollout(NamedTuple):
     """Images [b c h w] as given, and the share of each patch in what they are made into, [b r k] in 0..1.
@@ -44,7 +50,7 @@ def attention_rollout(encoder: Encoder, images: Tensor) -> Rollout:
     """Product over all layers of (W + I) / 2 (Abnar & Zuidema 2020, arXiv:2005.00928, section 3).
 
     W is the attention of a layer, averaged over its heads; I stands for the residual connection. The rows that are
-    looked at are those of what features are pooled from: the class token, or the mean of the patches.
+    looked at are those of what features are pooled from: the class token, the mean of the patches, or half of each.
 
     Args:
         encoder: in evaluation mode.
@@ -54,17 +60,17 @@ def attention_rollout(encoder: Encoder, images: Tensor) -> Rollout:
         TaskError: the encoder is no plain Vision Transformer.
         EvaluationError: its attention is not finite, or its patches lie in no grid.
     """
-    prefix, from_patches = encoder.num_prefix, encoder.config.pool == "mean"
+    prefix, pool = encoder.num_prefix, encoder.config.pool
     found = []
     for image in one_by_one(encoder, images):
         product = _product(encoder, image)
-        rows = product[:, prefix:] if from_patches else product[:, :1]
-        found.append(rows.mean(dim=1)[:, prefix:])
+        of_class, of_mean = product[:, 0], product[:, prefix:].mean(dim=1)
+        shares = {"cls": of_class, "mean": of_mean, "cls+mean": (of_class + of_mean) / 2}[pool]
+        found.append(shares[:, prefix:])
     weights = torch.cat(found)
     check_finite(weights)
     grid = patch_grid(encoder, images, weights.shape[1])
-    source = "the mean of the patches" if from_patches else "the class token"
-    return Rollout(images, weights.reshape(-1, *grid), source)
+    return Rollout(images, weights.reshape(-1, *grid), SOURCES[pool])
 
 
 def _product(encoder: Encoder, image: Tensor) -> Tensor:

@@ -87,6 +87,10 @@ def test_rollout_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     of_class = attention_rollout(encoder, IMAGES)
     assert of_class.source == "the class token"
     assert float(of_class.weights[0, 1, 4]) == pytest.approx(0.75) and float(of_class.weights[0].sum()) < 0.76
+    encoder.config = replace(CONFIG, pool="cls+mean")
+    both = attention_rollout(encoder, IMAGES)
+    torch.testing.assert_close(both.weights, (expected + of_class.weights) / 2)
+    assert "half class token, half mean" in both.source
     drawn = draw_rollout(of_class)
     assert drawn[0].most == pytest.approx(24) and drawn[0].least == 0
     white_in_place = torch.zeros(1, 4, 6, dtype=torch.uint8)
