@@ -1,5 +1,6 @@
 """One self-contained HTML page about one run or several: verdict, scores, curves, pictures, settings."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from evaluation.verdict import judge
 RECONSTRUCTIONS, INSIDE, QUERIES = 9, 6, 8
 RECONSTRUCTIONS_OF_SEVERAL, INSIDE_OF_SEVERAL, QUERIES_OF_SEVERAL = 3, 3, 4
 MOST_BAD = 30
+MOST_NAME = 150  # bytes; file systems take 255, and a file is written under a longer name first
 
 
 def report(
@@ -43,7 +45,8 @@ def report(
 
     Args:
         runs: folders of runs; several are compared side by side.
-        output: the file; None: report.html in the first run.
+        output: the file, or a folder; None: report.html in the run, of several runs `report_with_OTHERS.html` in the
+            first one, whose own report stays.
         cache_dir: where evaluation keeps features; None: the user's cache.
 
     Raises:
@@ -52,7 +55,7 @@ def report(
     if not runs:
         raise EvaluationError("name at least one run")
     loaded = unique_names([read_run(Path(run)) for run in runs])
-    place = Path(output) if output is not None else loaded[0].path / "report.html"
+    place = Path(output) if output is not None else loaded[0].path / file_name([run.name for run in loaded[1:]])
     if place.is_dir():
         place = place / "report.html"
     page = render(loaded, cache_dir)
@@ -62,6 +65,16 @@ def report(
     except OSError as error:
         raise EvaluationError(cannot_write(place, error)) from error
     return place
+
+
+def file_name(others: Sequence[str]) -> str:
+    """Of a report without a given place, in the folder of the first run; `others`: names of those beside it."""
+    if not others:
+        return "report.html"
+    told = "_".join(others).replace("/", "_")
+    if len(told.encode()) > MOST_NAME:
+        told = f"{len(others)}_others_{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    return f"report_with_{told}.html"
 
 
 def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:

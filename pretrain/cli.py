@@ -212,7 +212,11 @@ def _pixels(text: str) -> int:
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     report = _command(commands, "report", _report, "one self-contained report.html for one or several runs")
     report.add_argument("runs", nargs="+", metavar="RUN")
-    report.add_argument("--output", metavar="FILE", help="default: report.html in the first run")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="default: report.html in the run; of several, report_with_OTHERS.html in the first",
+    )
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -10,7 +10,7 @@ import torch
 
 from evaluation.errors import EvaluationError
 from evaluation.neighbours import neighbours_among
-from evaluation.report import report, unique_names
+from evaluation.report import file_name, report, unique_names
 from evaluation.run_files import read_run
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
@@ -115,9 +115,20 @@ def test_a_run_that_has_only_begun_has_a_page(cache: Path, tmp_path: Path) -> No
 
 def test_a_run_of_one_row_is_told_to_have_no_line(world: Path, cache: Path, tmp_path: Path) -> None:
     longer, short = (make_run(tmp_path / f"run{rows}", train=world / "train", rows=rows) for rows in (20, 1))
-    text = report([longer, short]).read_text()
+    (longer / "report.html").write_text("its own")
+    both = report([longer, short])
+    assert both == longer / "report_with_run1.html" and (longer / "report.html").read_text() == "its own"
+    text = both.read_text()
     assert "run1 (too few rows for a line)" in text and "run20 (too few" not in text
     assert "metrics.csv has one row: curves begin with the second." in report([short]).read_text()
+
+
+def test_a_report_on_many_runs_has_a_name_that_a_disk_takes() -> None:
+    first, second = "b" * 120, "c" * 120
+    names = [file_name(others) for others in ([first, second], [second, first], [first])]
+    assert names[0] != names[1] and names[0].startswith("report_with_2_others_")
+    assert all(len(name) < 200 for name in names) and names[2] == f"report_with_{first}.html"
+    assert file_name(["x/run", "y/run"]) == "report_with_x_run_y_run.html"
 
 
 def test_a_run_without_labels_has_neighbours_too(cache: Path, tmp_path: Path) -> None:
