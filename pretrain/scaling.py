@@ -9,7 +9,7 @@ from pretrain.cost import StepCost
 from pretrain.hardware import GPU
 
 BACKWARD = 2 / 3
-"""Share of the computing in which gradients become ready, so that their exchange can hide behind it."""
+"""Share of a micro-batch's computing in which gradients become ready, so that their exchange can hide behind it."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,19 @@ def step_time(cost: StepCost, cluster: Cluster, rank_batch: int, sharded: bool =
     """Of an optimiser step with `rank_batch` images on each GPU, under DDP or `sharded` (fsdp2).
 
     A ring all-reduce moves 2 (W - 1) / W of the gradients through every link; the slowest decides. It starts as soon
-    as the backward pass has its first gradients. A sharded model moves (W - 1) / W of its weights, forward and
-    backward, and of the gradients once, and does so for every micro-batch.
+    as the backward pass of the last micro-batch (each of `cost.images`) has its first gradients: those before it only
+    add to them. A sharded model moves (W - 1) / W of its weights, forward and backward, and of the gradients once, and
+    does so for every micro-batch.
     """
     compute = cost.flops / cost.images * rank_batch / (cluster.gpu.tflops * 1e12 * cluster.mfu)
     world = cluster.world_size
     # The ring enters each node once, so the GPUs of a node share its network, not divide it.
     slowest = min(cluster.gpu.link, cluster.network) if cluster.nodes > 1 else cluster.gpu.link
+    micro_batches = max(1, rank_batch // cost.images)
     if sharded:
-        moved, hidden = (cost.gathered + cost.gradients) * max(1, rank_batch // cost.images), 1.0
+        moved, hidden = (cost.gathered + cost.gradients) * micro_batches, 1.0
     else:
-        moved, hidden = 2 * cost.gradients, BACKWARD
+        moved, hidden = 2 * cost.gradients, BACKWARD / micro_batches
     communication = (world - 1) / world * moved / (slowest * 1e9)
     return StepTime(compute, communication, max(0.0, communication - hidden * compute))
 
