@@ -12,6 +12,7 @@ from pretrain.checkpoint_files import LAST, PART, PREVIOUS, load_pieces, put_in_
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import AgreedFailure, RunError, RunFailure, remedy
 from pretrain.guard import FiniteGuard
+from pretrain.saving import reason, save_together
 from pretrain.stop import StopRequest
 
 
@@ -92,10 +93,10 @@ class Checkpoints(Callback):
         self.finish(trainer)
         aside, step = self.directory / PART, trainer.global_step
         try:
-            self._save_aside(trainer, aside)
+            save_together(trainer, aside)
             if trainer.is_global_zero:
                 self.writer.do(lambda: self._put_in_place(aside, step))
-        except OSError as error:
+        except Exception as error:
             self._fail(error)
         self.stop.agree()
         self._saved_step = step
@@ -114,7 +115,7 @@ class Checkpoints(Callback):
         """What went wrong in the background is raised where the ranks agree next."""
         try:
             self.writer.wait()
-        except OSError as error:
+        except Exception as error:
             self._fail(error)
 
     def _put_in_place(self, aside: Path, step: int) -> None:
@@ -122,24 +123,15 @@ class Checkpoints(Callback):
         put_in_place(aside, keep=self.resumed is None or self.resumed.name == LAST)
         self._part_is_whole, self.resumed, self._whole_step = False, None, step
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: Exception) -> None:
         if self._first and not self._part_is_whole:
             with contextlib.suppress(OSError):
                 remove(self.directory / PART)
         kept = f"the checkpoint of step {self._whole_step} is whole" if self._whole_step else "there is no other"
         self.stop.fail(RunFailure(
-            f"could not write a checkpoint to {self.directory} ({error.strerror or error}); {kept}. "
+            f"could not write a checkpoint to {self.directory} ({reason(error)}); {kept}. "
             f"{remedy(error)} and run the same command again"
         ))  # fmt: skip
-
-    def _save_aside(self, trainer: Trainer, aside: Path) -> None:
-        try:
-            if trainer.is_global_zero:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(aside)
-        except OSError:  # of the rank that writes; the others have come to the end of save_checkpoint
-            trainer.strategy.barrier("Trainer.save_checkpoint")
-            raise
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Interrupted(RunError):
         self.exit_code = 130 if signum == signal.SIGINT else 99
 
 
-def remedy(error: OSError) -> str:
+def remedy(error: Exception) -> str:
     """What to do, in two words, about a file that could not be written."""
-    return "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Mend that"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "Make room" if full else "Mend that"

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from pretrain.checkpoint_files import flush_folder, load_pieces, remove
 from pretrain.checkpoint_writer import CheckpointWriter
+from pretrain.saving import reason
 from tasks.sharded_files import Pieces, save_about, save_shard, shard_name, split_off
 from tasks.sharding import average_scalars, fill, rows
 
@@ -85,18 +86,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         flush_folder(folder)
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """Collective: what the action gives on each rank; the first OSError of any rank is raised on all of them."""
-        told: Any
+        """Collective: what the action gives on each rank; the first failure of one is an OSError on all of them."""
+        told: Any = None
+        failure: tuple[int, str] | None = None
         try:
             told = action()
-        except OSError as error:
-            told = error
+        except Exception as error:  # torch's writer, say, or a host without memory
+            failure = getattr(error, "errno", None) or errno.EIO, reason(error)
         everyone: list[Any] = [None] * self.world_size
-        all_gather_object(everyone, told, group=self._apart)
-        for rank, result in enumerate(everyone):
-            if isinstance(result, OSError):
-                raise OSError(result.errno, f"rank {rank}: {result.strerror or result}", result.filename)
-        return everyone
+        all_gather_object(everyone, (told, failure), group=self._apart)
+        for rank, (_, failed) in enumerate(everyone):
+            if failed is not None:
+                raise OSError(failed[0], f"rank {rank}: {failed[1]}")
+        return [each for each, _ in everyone]
 
     # ---- loading
 

@@ -7,6 +7,7 @@ bad and sends the norm to the host, which reads it one step later, when the next
 before a checkpoint is written, whichever comes first.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -17,7 +18,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import NonFiniteError
+from pretrain.saving import reason, save_together
 from pretrain.stop import StopRequest
 from tasks.gradients import gradient_norms, skip_step_unless_finite
 
@@ -53,9 +56,10 @@ class Norm(NamedTuple):
 class FiniteGuard(Callback):
     """Checks every loss and gradient norm; the first bad one saves the state and raises NonFiniteError on all ranks."""
 
-    def __init__(self, directory: Path, stop: StopRequest) -> None:
+    def __init__(self, directory: Path, stop: StopRequest, writer: CheckpointWriter | None = None) -> None:
         self.directory = directory
         self.stop = stop
+        self.writer = writer or CheckpointWriter()
         self.grad_norm: Tensor | None = None  # of the newest optimiser step
         self._losses: list[Sent] = []
         self._keys: list[list[str]] = []
@@ -109,12 +113,13 @@ class FiniteGuard(Callback):
             "keys": keys,
         }
         note = self.directory / f"non_finite_rank{trainer.global_rank}.json"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(facts, indent=1))
         state = self.directory / "non_finite.ckpt"
-        trainer.save_checkpoint(state)
+        unwritten = self._write_note(note, facts)
+        listed = f"all in {note}" if unwritten is None else f"{note} could not be written: {unwritten}"
+        unsaved = self._save(trainer, state)
+        kept = f"was saved to {state}" if unsaved is None else f"could not be saved to {state} ({unsaved})"
         what = "a gradient" if bad_norm else "the loss"
-        where = f"(samples {', '.join(keys[:4])} ..., all in {note}); the state before it was saved to {state}"
+        where = f"(samples {', '.join(keys[:4])} ..., {listed}); the state before it {kept}"
         rate = _half_the_rate(getattr(trainer, "lightning_module", None))
         other = "a longer warm-up, or bf16 or fp32 instead of fp16"
         if (self.directory / "last.ckpt").exists():
@@ -126,6 +131,27 @@ class FiniteGuard(Callback):
         else:
             advice = f"begin anew in another --output, with {rate}, {other}"
         raise NonFiniteError(f"{what} became NaN or infinite at step {step} {where}. To go on: {advice}")
+
+    def _write_note(self, note: Path, facts: dict[str, Any]) -> str | None:
+        """Why it could not be done."""
+        try:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps(facts, indent=1))
+        except OSError as error:
+            return reason(error)
+        return None
+
+    def _save(self, trainer: Trainer, state: Path) -> str | None:
+        """Collective: why it could not be done; what is saved is on the disk, also by a writer in the background."""
+        failure = None
+        with contextlib.suppress(Exception):
+            self.writer.wait()  # what became of the checkpoint before does not matter any more
+        try:
+            save_together(trainer, state)
+            self.writer.wait()
+        except Exception as error:
+            failure = reason(error)
+        return next((told for told in self.stop.gather(failure) if told), None)
 
 
 def _half_the_rate(task: Any) -> str:

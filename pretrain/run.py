@@ -159,9 +159,9 @@ def _trainer(
     config: Namespace, settings: Namespace, directory: RunDirectory, stop: StopRequest, more: Sequence[Callback]
 ) -> tuple[Trainer, Progress]:
     phases = PhaseTimer()
-    guard = FiniteGuard(directory.checkpoints, stop)
-    metrics = Metrics(directory.metrics, config.log_every, phases, guard, stop)
     writer = CheckpointWriter(config.checkpoint_async)
+    guard = FiniteGuard(directory.checkpoints, stop, writer)
+    metrics = Metrics(directory.metrics, config.log_every, phases, guard, stop)
     progress = Progress(metrics)
     # The order matters: the row of a step is written before the checkpoint that a resumed run cuts the file back to.
     probe = [] if config.probe is None else [ProbeWatch(metrics, ProbeConfig(**vars(config.probe)))]

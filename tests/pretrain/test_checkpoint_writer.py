@@ -149,3 +149,26 @@ def test_a_signal_waits_for_the_write_that_is_under_way_and_for_its_own(
     assert disk.steps == [3, 5] and disk.most == 1
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
     assert torch.load(run / "checkpoints/previous.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.parametrize("options", [[], ASYNC])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("no memory")])
+def test_the_state_before_a_nan_is_called_saved_only_when_it_is(
+    options: list[str], error: Exception, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    write = checkpoint_files.save_flushed
+
+    def save(content: dict[str, Any], path: Path) -> int:
+        if path.name != "last.ckpt.part":
+            time.sleep(0.3)
+            raise error
+        return write(content, path)
+
+    monkeypatch.setattr(checkpoint_files, "save_flushed", save)
+    more = ["--model.lr", "1e20", "--checkpoint_every", 1, "--output", tmp_path / "run"]
+    assert pretrain(*small, *options, *more) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trivit: ")]
+    assert "became NaN or infinite" in line and "was saved" not in line
+    reason = "No space left on device" if isinstance(error, OSError) else "RuntimeError: no memory"
+    assert f"could not be saved to {tmp_path}/run/checkpoints/non_finite.ckpt ({reason})" in line
