@@ -6,7 +6,7 @@ Axes: b = images, c = channels, s = side of the crop, h w = rows and columns of 
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from datamodules.crops import center_crop, flip, resize_shorter_side
 from datamodules.errors import DataError
@@ -116,17 +115,20 @@ def read_mask(reader: ShardReader, shard: int, sample: int, size: tuple[int, int
     return torch.from_numpy(pixels.astype(np.int32))[None] if pixels.ndim == 2 else None
 
 
-def mask_classes(manifest: Manifest, progress: bool = False) -> dict[int, int]:
-    """In how many masks each class is, by class; 255 (ignored) does not count. All masks are read, images are not."""
+def mask_classes(manifest: Manifest, done: Callable[[], object] = lambda: None) -> dict[int, int]:
+    """In how many masks each class is, by class; 255 (ignored) does not count. All masks are read, images are not.
+
+    Args:
+        manifest: of the set.
+        done: called after each sample.
+    """
     reader, found = ShardReader(manifest), Counter[int]()
-    with tqdm(total=manifest.num_samples, desc=f"masks of {manifest.name}", unit="img", leave=False,
-              disable=None if progress else True) as bar:  # fmt: skip
-        for shard, described in enumerate(manifest.shards):
-            for sample in range(described.samples):
-                with contextlib.suppress(BadSampleError):
-                    mask = read_mask(reader, shard, sample, None)
-                    found.update([] if mask is None else np.unique(mask).tolist())
-                bar.update()
+    for shard, described in enumerate(manifest.shards):
+        for sample in range(described.samples):
+            with contextlib.suppress(BadSampleError):
+                mask = read_mask(reader, shard, sample, None)
+                found.update([] if mask is None else np.unique(mask).tolist())
+            done()
     del found[IGNORE]
     return dict(sorted(found.items()))
 

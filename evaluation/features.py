@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from datamodules.bad_samples import BadSample
 from datamodules.errors import DataError
@@ -28,6 +27,7 @@ from datamodules.manifest import Manifest
 from datamodules.normalize import normalize
 from datamodules.sidecars import cache_home, cannot_write
 from evaluation.errors import EvaluationError
+from evaluation.progress import progress_bar
 from evaluation.team import Team
 from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import weights_hash
@@ -258,12 +258,7 @@ def _part(work: _Work, loader: EvaluationLoader, file: Path, progress: bool) -> 
     label: list[NDArray[np.int64]] = []
     keys: list[str] = []
     half = torch.autocast(device.type, torch.bfloat16, enabled=work.precision == "bfloat16")
-    with (
-        file.open("wb") as output,
-        tqdm(
-            total=loader.num_images, unit="img", desc="features", disable=None if progress else True, leave=False
-        ) as bar,
-    ):
+    with file.open("wb") as output, progress_bar(loader.num_images, "img", "features", progress) as bar:
         for batch in loader:
             images = normalize(batch["image"].to(device, non_blocking=True), config.mean, config.std)
             with half:

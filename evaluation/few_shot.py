@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from evaluation.bootstrap import percentile_interval, resampled_sums
 from evaluation.errors import EvaluationError
 from evaluation.linear import SEARCH_TOLERANCE, LogisticRegression, Scaler, Table, scores
+from evaluation.progress import progress_bar
 from evaluation.ranks import rank_of_truth
 
 Floats = NDArray[np.float32]
@@ -82,8 +82,7 @@ def few_shot(
         )
     sizes: list[int | float] = [*config.shots, *config.shares]
     found: dict[str, dict[str, Any]] = {}
-    with tqdm(total=len(sizes) * config.draws, unit="fit", desc="few_shot", leave=False,
-              disable=None if progress else True) as bar:  # fmt: skip
+    with progress_bar(len(sizes) * config.draws, "fit", "few_shot", progress) as bar:
         for size in sizes:
             right, images = np.empty((len(test), config.draws), dtype=bool), []
             for i in range(config.draws):

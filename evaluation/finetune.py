@@ -18,7 +18,6 @@ from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import Parameter
-from tqdm import tqdm
 
 from datamodules.labelled_batches import labelled_batches
 from evaluation.errors import EvaluationError
@@ -26,6 +25,7 @@ from evaluation.finetune_views import FinetuneRecipe, seeded
 from evaluation.frozen_heads import frozen, on_device, ranks_of_heads
 from evaluation.image_data import ImageData, parts_of
 from evaluation.linear_mae import Trained, warmup_cosine
+from evaluation.progress import progress_bar
 from tasks.encoder_files import load_strictly
 from tasks.encoders import Encoder
 from tasks.param_groups import layer_decay_groups
@@ -153,7 +153,7 @@ def _train(
     loss_of = SoftTargetCrossEntropy() if mix is not None else nn.CrossEntropyLoss()
     factor = warmup_cosine(config.warmup_epochs / config.epochs)
     kind = torch.device(data.device).type
-    with tqdm(total=steps, unit="step", desc="finetune", leave=False, disable=None if data.progress else True) as bar:
+    with progress_bar(steps, "step", "finetune", data.progress) as bar:
         for step in range(steps):
             for group in optimizer.param_groups:
                 low = MIN_RATE * group["lr_scale"]

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from datamodules.console import tell
 from datamodules.image_set import evaluation_loader
@@ -22,6 +21,7 @@ from datamodules.normalize import normalize
 from datamodules.recipes import MAERecipe, Recipe
 from evaluation.errors import EvaluationError
 from evaluation.image_data import ImageData, parts_of
+from evaluation.progress import progress_bar
 from evaluation.ranks import rank_of_truth
 from tasks.encoders import Encoder
 
@@ -65,7 +65,7 @@ def train_heads(
         on_accelerator=data.device.startswith("cuda"), channels=config.in_chans, bits=config.bits,
     )  # fmt: skip
     peaks = [group["lr"] for group in optimizer.param_groups]
-    bar = tqdm(total=steps * batch_size, unit="img", desc=name, leave=False, disable=None if data.progress else True)
+    bar = progress_bar(steps * batch_size, "img", name, data.progress)
     learning, diverged = dict(heads), list[str]()
 
     def parts() -> Iterator[tuple[Any, Tensor]]:
@@ -114,7 +114,7 @@ def ranks_of_heads(
     )  # fmt: skip
     place = {key: i for i, key in enumerate(data.test_key)}
     ranks = {head: np.full(len(place), data.classes, np.int64) for head in heads}
-    bar = tqdm(total=loader.num_images, unit="img", desc=name, leave=False, disable=None if data.progress else True)
+    bar = progress_bar(loader.num_images, "img", name, data.progress)
     with bar, torch.no_grad():
         for batch in loader:
             rows = np.array([place[key] for key in batch["key"]])

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from datamodules.shard_reader import BadSampleError
 from datamodules.whole_images import WholeImages
@@ -24,6 +23,7 @@ from evaluation.bootstrap import percentile_interval, resampled_sums
 from evaluation.boxes import read_boxes
 from evaluation.errors import EvaluationError
 from evaluation.image_data import ImageData
+from evaluation.progress import progress_bar
 from evaluation.ranks import interval
 from tasks.encoders import Encoder
 
@@ -81,8 +81,7 @@ def localisation(encoder: Encoder, test: Path, data: ImageData, config: Localisa
     known: dict[str, Doubles] | None = None
     if config.boxes:
         known = read_boxes(config.boxes, all_keys(images))
-    with tqdm(total=images.count, unit="img", desc="localisation", leave=False,
-              disable=None if data.progress else True) as bar:  # fmt: skip
+    with progress_bar(images.count, "img", "localisation", data.progress) as bar:
         for batch in images.batches(data.workers, data.device.startswith("cuda")):
             maps = class_attention(encoder, batch["image"].to(data.device)).weights[-1].mean(dim=1).double().cpu()
             for i, key in enumerate(batch["key"]):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from datamodules.image_set import evaluation_loader
 from evaluation.bootstrap import percentile_interval, resampled_sums
@@ -20,6 +19,7 @@ from evaluation.errors import EvaluationError
 from evaluation.frozen_heads import frozen, on_device
 from evaluation.image_data import ImageData
 from evaluation.linear import STRENGTHS, Scaler, linear_probe, scores
+from evaluation.progress import progress_bar
 from evaluation.ranks import rank_of_truth, top
 from tasks.encoders import Encoder
 
@@ -82,7 +82,7 @@ def robustness(
         pin_memory=data.device.startswith("cuda"), channels=about.in_chans, bits=about.bits, rows=data.test_rows,
     )  # fmt: skip
     total = loader.num_images * len(pairs)
-    with tqdm(total=total, unit="img", desc="corruptions", leave=False, disable=None if data.progress else True) as bar:
+    with progress_bar(total, "img", "corruptions", data.progress) as bar:
         for number, batch in enumerate(loader):
             rows = np.array([place[key] for key in batch["key"]])
             images = batch["image"].to(data.device).float() / 255

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from datamodules.manifest import load_manifest
 from datamodules.mask_set import IGNORE, MaskBatches, mask_classes
@@ -25,6 +24,7 @@ from evaluation.bootstrap import percentile_interval, resampled_sums
 from evaluation.errors import EvaluationError
 from evaluation.frozen_heads import frozen, on_device
 from evaluation.image_data import ImageData
+from evaluation.progress import progress_bar
 from evaluation.set_facts import remembered
 from tasks.encoders import Encoder
 
@@ -92,8 +92,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
         head = nn.Sequential(nn.BatchNorm2d(encoder.width), nn.Conv2d(encoder.width, classes, 1)).to(data.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.rate, weight_decay=config.weight_decay)
     on_accelerator = data.device.startswith("cuda")
-    with tqdm(total=config.steps, unit="step", desc="segmentation", leave=False,
-              disable=None if data.progress else True) as bar:  # fmt: skip
+    with progress_bar(config.steps, "step", "segmentation", data.progress) as bar:
         for step, batch in enumerate(learn.batches(config.steps, data.workers, on_accelerator)):
             mask = batch["mask"].to(data.device)
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
@@ -155,8 +154,12 @@ def _classes(train: Path, test: Path, config: Segmentation, progress: bool) -> i
 
 def _found(root: Path, progress: bool) -> dict[int, int]:
     manifest = load_manifest(root)
-    pairs = remembered("masks 1", [manifest.fingerprint], lambda: list(mask_classes(manifest, progress).items()))
-    return dict(pairs)
+
+    def read() -> list[tuple[int, int]]:
+        with progress_bar(manifest.num_samples, "img", f"masks of {manifest.name}", progress) as bar:
+            return list(mask_classes(manifest, bar.update).items())
+
+    return dict(remembered("masks 1", [manifest.fingerprint], read))
 
 
 def pixel_counts(predicted: Tensor, mask: Tensor, classes: int) -> Doubles:

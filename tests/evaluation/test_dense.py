@@ -94,9 +94,9 @@ def test_a_class_in_a_single_mask_is_known_before_anything_is_learned(
     rare = plain.copy()
     rare[:8] = 4
     for name, mask in (("train", rare), ("test", plain)):
-        with ShardWriter(tmp_path / name, samples_per_shard=500) as writer:
-            for i in range(1101):
-                writer.write(f"{i:04d}", {"png": png(pixels), "mask.png": png(mask if i == 1099 else plain)})
+        with ShardWriter(tmp_path / name, samples_per_shard=20) as writer:
+            for i in range(40):
+                writer.write(f"{i:04d}", {"png": png(pixels), "mask.png": png(mask if i == 38 else plain)})
     few = Segmentation(steps=1, batch_size=4)
     found = segmentation(encoder_of(), tmp_path / "train", tmp_path / "test", data_of(tmp_path / "test"), few, 0)
     assert len(found["per_class"]) == 5
