@@ -162,8 +162,8 @@ def _dino(run: Run) -> Health:
     course = run.metrics["train/prototypes_used"][-ROWS:]
     in_use = f"{used:,.{1 if used < 10 else 0}f} of {k:,} prototypes are in use"
     done = step >= early
-    images = min(int(run.get("data.device_batch_size", 64)), int(run.get("data.global_batch_size", 64)))
-    if done and spread < 0.05:
+    images = newest(run, "train/micro_batch")
+    if done and spread < 0.05 and images >= 2:
         return _ill("one point", f"The features of all images point the same way (standard deviation {spread:.3f}).")
     if done and entropy <= 0.997 * most and entropy + kl > 0.985 * most and kl < 0.02 * most:
         return _ill("plateau", f"The loss, {entropy + kl:.3f}, stays at ln({k:,}) = {most:.3f}.")
@@ -173,8 +173,15 @@ def _dino(run: Run) -> Health:
     if collapsed is not None:
         return collapsed
     first, since = float(divergence[0]), run.metrics["step"] >= early
-    as_before = abs(spread / float(run.metrics["train/feature_std"][0]) - 1) < 0.2
-    if done and as_before and kl > max(told, 0.85 * first) and _lowest(divergence[since]) > 0.85 * first:
+    at_first = float(run.metrics["train/feature_std"][0])
+    as_before = abs(spread - at_first) < 0.2 * at_first
+    if (
+        done
+        and as_before
+        and images >= 8
+        and kl > max(told, 0.85 * first)
+        and _lowest(divergence[since]) > 0.85 * first
+    ):
         if rows < FEWEST_ROWS:
             return Health("early", f"The student has {kl:.2f} nats left to learn, and {first:.2f} at the start.")
         rate = float(np.max(run.metrics.get("train/lr", np.array([math.nan]))))
@@ -191,7 +198,7 @@ def _dino(run: Run) -> Health:
     return Health("learning", f"The student has {kl:.2f} nats left to learn from the teacher, {in_use}.")
 
 
-def _collapsed(run: Run, done: bool, images: int, *, patches: bool = False) -> Health | None:
+def _collapsed(run: Run, done: bool, images: float, *, patches: bool = False) -> Health | None:
     """What the teacher's targets of class tokens, or of hidden patches, say of a collapse."""
     k, prefix, what = prototypes(run, patches=patches), "train/", "image"
     if patches:
@@ -201,7 +208,7 @@ def _collapsed(run: Run, done: bool, images: int, *, patches: bool = False) -> H
     if run.step >= 40 and used < 3 and course[-1] < 1.2 * course[0] and images >= 8:
         whose = " by hidden patches" if patches else ""
         return _ill("one point", f"Only {used:.1f} of {k:,} prototypes are in use{whose}.")
-    if done and math.log(max(used, 1e-9)) - entropy < 0.003 and entropy <= 0.997 * most:
+    if done and math.log(max(used, 1e-9)) - entropy < 0.003 and entropy <= 0.997 * most and images >= 8:
         state: State = "one point" if entropy < 0.985 * most else "uniform"
         return _ill(state, f"The teacher says the same about every {what}.")
     if done and entropy > 0.997 * most:

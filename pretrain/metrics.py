@@ -5,6 +5,7 @@ Values are summed on the device and read only when a row is written, so an accel
 
 import contextlib
 import csv
+import math
 import resource
 import sys
 import time
@@ -31,7 +32,8 @@ class Metrics(Callback):
     """Averages what `training_step` returns and writes it, with rate, speed and waiting time, to CSV and loggers.
 
     Columns: step; epoch (fractional); seconds (training time since the run began, resumed parts included);
-    train/loss and the task's other scalars (mean over the row's steps and all ranks); train/lr; train/grad_norm (of
+    train/loss and the task's other scalars (mean over the row's steps and all ranks; what a task returns as [numerator,
+    denominator] is added up and divided); train/lr; train/grad_norm (of
     the row's last step); train/images_per_second (all ranks); train/data_wait (share of the time, 0 to 1); and what
     callbacks before this one have put into `extra` (on rank 0) when a row is `due`.
     """
@@ -89,7 +91,8 @@ class Metrics(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         sums = self._over_ranks(trainer)
-        values = {f"train/{name}": float(total) / (step - self._row_step) for name, total in sums.items()}  # waits here
+        steps = step - self._row_step
+        values = {f"train/{name}": _mean(total.tolist(), steps) for name, total in sums.items()}  # waits here
         elapsed = time.perf_counter() - self._since
         self._seconds += elapsed
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -146,8 +149,11 @@ class Metrics(Callback):
         """Collective: the sums so far, as means over the ranks."""
         if trainer.world_size == 1 or not self._sums:
             return self._sums
-        stacked = torch.stack([value.to(trainer.strategy.root_device) for value in self._sums.values()])
-        return dict(zip(self._sums, trainer.strategy.reduce(stacked, reduce_op="mean"), strict=True))
+        device = trainer.strategy.root_device
+        flat = torch.cat([value.to(device).reshape(-1) for value in self._sums.values()])
+        parts = trainer.strategy.reduce(flat, reduce_op="mean").split([value.numel() for value in self._sums.values()])
+        sums = zip(self._sums.items(), parts, strict=True)
+        return {name: part.view(value.shape) for (name, value), part in sums}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Collective (every rank assembles the checkpoint): training time so far, and the row that is half full."""
@@ -192,6 +198,13 @@ def peak_memory(device: torch.device) -> float:
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
+
+
+def _mean(total: float | list[float], steps: int) -> float:
+    if not isinstance(total, list):
+        return total / steps
+    numerator, denominator = total
+    return numerator / denominator if denominator else math.nan
 
 
 def _columns_of(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Numbers that tell whether DINO learns, as detached scalars; `evaluation` puts them into words.
+"""Numbers that tell whether DINO learns, detached; `evaluation` puts them into words.
 
 Axes: t = teacher views, b = images on this rank, m = hidden patches, k = prototypes, d = width.
 """
@@ -20,6 +20,7 @@ def dino_health(targets: Tensor, loss: Tensor, features: Tensor) -> dict[str, Te
     prototypes_used: exp(entropy of the mean target): 1 if all images share one prototype, up to k.
     feature_std: root of the total variance over images of the features at length 1: 0 if all point the same way, 1 if
         they point in all directions.
+    micro_batch: b. Of few images the last two say little, and of one nothing.
 
     Args:
         targets: [t b k], rows sum to 1.
@@ -28,18 +29,26 @@ def dino_health(targets: Tensor, loss: Tensor, features: Tensor) -> dict[str, Te
     """
     entropy, used = _entropy_and_use(targets.flatten(0, 1))
     spread = F.normalize(features.float(), dim=-1).var(dim=0, correction=0).sum().sqrt()
-    return {"teacher_entropy": entropy, "kl": loss.detach() - entropy, "prototypes_used": used, "feature_std": spread}
+    return {
+        "teacher_entropy": entropy, "kl": loss.detach() - entropy, "prototypes_used": used, "feature_std": spread,
+        "micro_batch": torch.tensor(float(len(features))),
+    }  # fmt: skip
 
 
 @torch.no_grad()
 def ibot_health(targets: Tensor) -> dict[str, Tensor]:
-    """teacher_entropy and prototypes_used, as of class tokens, of the patches' targets; NaN where none is hidden.
+    """teacher_entropy and prototypes_used, as of class tokens, of the patches' targets.
+
+    Each as [value, 1], or [0, 0] where no patch is hidden: numerator and denominator of a mean over micro-batches.
 
     Args:
         targets: [m k], rows sum to 1.
     """
-    entropy, used = _entropy_and_use(targets[:: max(1, len(targets) // ENOUGH)])
-    return {"ibot_teacher_entropy": entropy, "ibot_prototypes_used": used}
+    names = ("ibot_teacher_entropy", "ibot_prototypes_used")
+    if not len(targets):
+        return dict.fromkeys(names, targets.new_zeros(2))
+    found = _entropy_and_use(targets[:: max(1, len(targets) // ENOUGH)])
+    return {name: torch.stack([value, torch.ones_like(value)]) for name, value in zip(names, found, strict=True)}
 
 
 def _entropy_and_use(targets: Tensor) -> tuple[Tensor, Tensor]:

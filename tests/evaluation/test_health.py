@@ -30,9 +30,10 @@ def table(steps: int, rows: int = 60, **columns: Any) -> dict[str, np.ndarray]:
 
 def dino(k: int, steps: int, warmup: int, **columns: Any) -> Run:
     entropy, kl = columns.pop("entropy"), columns.pop("kl")
-    columns = {"teacher_entropy": entropy, "kl": kl, "loss": lambda x: at(entropy, x) + at(kl, x), **columns}
+    loss = lambda x: at(entropy, x) + at(kl, x)  # noqa: E731
+    columns = {"teacher_entropy": entropy, "kl": kl, "loss": loss, "micro_batch": 64, **columns}
     model = {"head": {"prototypes": k}, "warmup_steps": warmup, "freeze_last_layer_epochs": 0.1}
-    config = {"trainer": {"max_steps": steps}, "model": {"init_args": model}, "data": {"device_batch_size": 64}}
+    config = {"trainer": {"max_steps": steps}, "model": {"init_args": model}}
     return run(config, table(steps, **columns))
 
 
@@ -67,6 +68,15 @@ def test_dino_at_any_size(size: tuple[int, int, int]) -> None:
         ({"entropy": 0.6 * log_k, "kl": 0.4 * log_k + 1.5, "feature_std": lambda x: 0.7 - 0.4 * x}, "diverging"),
     ):  # fmt: skip
         assert state(dino(*size, **{**healthy, **changes})) == expected, changes
+
+
+def test_few_images_cannot_be_compared() -> None:
+    """What a healthy teacher says of one or two images, whose features and targets hardly differ, is no collapse."""
+    log_k = math.log(1024)
+    for images, spread in ((1, 0.0), (2, 0.3)):
+        alike = {"entropy": 0.8 * log_k, "kl": 0.05 * log_k, "prototypes_used": 1024**0.8, "feature_std": spread}
+        assert state(dino(*SIZES[2], **alike, micro_batch=images)) == "learning"
+        assert state(dino(*SIZES[2], **alike)) == "one point"
 
 
 @pytest.mark.parametrize("size", SIZES)

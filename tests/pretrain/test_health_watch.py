@@ -11,7 +11,7 @@ from pretrain.errors import NonFiniteError
 from pretrain.health_watch import HealthWatch
 
 CONFIG = {"model": {"head": {"prototypes": 256}, "warmup_steps": 10}, "trainer": {"max_steps": 1000}}
-LEARNS = {"teacher_entropy": 4.5, "kl": 0.4, "prototypes_used": 200.0, "feature_std": 0.5}
+LEARNS = {"teacher_entropy": 4.5, "kl": 0.4, "prototypes_used": 200.0, "feature_std": 0.5, "micro_batch": 64.0}
 POINT = {**LEARNS, "teacher_entropy": 0.2, "kl": 0.1, "prototypes_used": 1.5}
 
 

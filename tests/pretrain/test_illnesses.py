@@ -77,6 +77,17 @@ def test_a_healthy_dino_raises_nothing(run: Run, which: int, changes: list[Any])
         assert "It learns; nothing has been scored yet." in report([folder]).read_text()
 
 
+def test_two_images_at_a_time_raise_nothing_and_rows_without_hidden_patches_leave_no_gap(run: Run) -> None:
+    """Of the targets of two images nothing follows; 16 of 100 micro-batches have hidden patches, four of five rows."""
+    folder, told, _ = run(0, DINO, "--data.global_batch_size", 2, "--model.ibot", "{mask_probability: 0.04}")
+    assert {name for _, name in told} <= {"learning"}
+    rows = read_metrics(folder / "metrics.csv")
+    assert set(rows["train/micro_batch"]) == {2}
+    known = np.isfinite(rows["train/ibot_teacher_entropy"])
+    assert known.any() and not known.all()
+    assert (rows["train/ibot_teacher_entropy"][known] > 0).all() and np.isfinite(rows["train/ibot_loss"]).all()
+
+
 NO_CENTRE = ["--model.center_momentum", 0.999999]
 NOT_SHARP = ["--model.teacher_temp", 1, "--model.warmup_teacher_temp", 1]
 
