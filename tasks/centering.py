@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.collectives import sum_over_ranks_
+from tasks.soft_cross_entropy import blocks_of_rows
 
 
 class Centering(nn.Module):
@@ -26,9 +27,15 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temp: float) -> Tensor:
-        """Teacher logits [... k] -> targets [... k], in float32 or better; the centre stays as it is."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return torch.softmax((logits - self.center.to(logits.dtype)) / temp, dim=-1)
+        """Teacher logits [... k] -> targets [... k], in float32 or better; the centre stays as it is.
+
+        Logits of that precision become the targets, in place: there may be a gigabyte of them.
+        """
+        targets = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+        for rows in blocks_of_rows(targets.view(-1, targets.shape[-1])):
+            rows.sub_(self.center.to(rows.dtype)).div_(temp)
+            rows.copy_(torch.softmax(rows, dim=-1))
+        return targets
 
     @torch.no_grad()
     def statistics(self, logits: Tensor) -> Tensor:

@@ -213,8 +213,13 @@ class DINO(nn.Module):
         with torch.no_grad():
             features, seen = self.teacher(images, hidden)
             logits = self.teacher.head(features)
-            targets = self.dino_targets(logits, teacher_temp).view(g, b, -1)
             statistics = self._statistics("dino", self.dino_targets, logits)
+            targets = self.dino_targets(logits, teacher_temp).view(g, b, -1)  # in the logits' place
+            of_patches = None
+            if self.ibot_targets is not None:  # now, while the student keeps nothing yet
+                logits = self.teacher.patch_logits(seen)
+                statistics |= self._statistics("ibot", self.ibot_targets, logits)
+                of_patches = self.ibot_targets(logits, teacher_temp)
             del logits
         tokens, guessed = self.student(images, hidden, mask=True, keys=of_global)
         rows = [tokens]
@@ -228,16 +233,12 @@ class DINO(nn.Module):
         if self.koleo_weight:
             koleo = torch.stack([self.koleo_loss(view) for view in tokens.unflatten(0, (g, b))]).sum()
             parts["koleo"], loss = koleo.detach(), loss + self.koleo_weight * koleo
-        if self.ibot is not None and hidden is not None and self.ibot_targets is not None:
-            with torch.no_grad():
-                logits = self.teacher.patch_logits(seen)
-                targets = self.ibot_targets(logits, teacher_temp)
-                statistics |= self._statistics("ibot", self.ibot_targets, logits)
-                health |= ibot_health(targets)
-                if isinstance(self.ibot_targets, Centering):
-                    health["ibot_center_norm"] = self.ibot_targets.center.norm()
-                del logits
-            ibot = self.ibot_loss(self.student.patch_logits(guessed), targets, hidden.weight(targets.dtype), g * b)
+        if self.ibot is not None and hidden is not None and of_patches is not None:
+            health |= ibot_health(of_patches)
+            if isinstance(self.ibot_targets, Centering):
+                health["ibot_center_norm"] = self.ibot_targets.center.norm()
+            logits = self.student.patch_logits(guessed)
+            ibot = self.ibot_loss(logits, of_patches, hidden.weight(of_patches.dtype), g * b)
             parts["ibot"], loss = ibot.detach(), loss + self.ibot.weight * ibot
         return DINOOutput(loss, parts, health, statistics)
 

@@ -16,6 +16,11 @@ from torch import Tensor
 BLOCK = 2**24  # numbers of a block of rows: 64 MiB in float32
 
 
+def blocks_of_rows(matrix: Tensor) -> Sequence[Tensor]:
+    """Views of some rows each of a matrix [r k], so that what is made of one at a time stays small."""
+    return torch.split(matrix, max(1, BLOCK // matrix.shape[-1]))
+
+
 def soft_cross_entropy(
     logits: Tensor, targets: Sequence[Tensor], masses: Sequence[float], temp: float, weight: Tensor
 ) -> Tensor:

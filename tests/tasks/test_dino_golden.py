@@ -99,7 +99,9 @@ class Recorder(Callback):
         self.now: dict[str, Any] = {}
         self.logits: dict[str, list[Tensor]] = {"student": [], "teacher": []}
         for name, branch in (("student", task.model.student), ("teacher", task.model.teacher)):
-            branch.head.register_forward_hook(lambda _m, _i, out, name=name: self.logits[name].append(out.detach()))
+            branch.head.register_forward_hook(
+                lambda _m, _i, out, name=name: self.logits[name].append(out.detach().clone())
+            )
         clip = task.configure_gradient_clipping
 
         def recorded(optimizer: Any, **limits: Any) -> None:

@@ -28,9 +28,9 @@ def off(ours: Tensor, theirs: Tensor) -> float:
 
 
 def centered(c: dict[str, Any], logits: Tensor) -> tuple[Centering, Tensor]:
-    """A centring that has been used and moved once, and the targets of that first use."""
+    """A centring that has been used and moved once, and the targets of that first use; logits stay as they are."""
     centering = Centering(logits.shape[-1], c["center_momentum"]).double()
-    first = centering(logits, c["teacher_temp"])
+    first = centering(logits.clone(), c["teacher_temp"])
     assert not centering.center.any(), "a forward pass moved the centre"
     rows = logits.flatten(0, -2)
     halves = rows.split([len(rows) // 3, len(rows) - len(rows) // 3])
@@ -53,10 +53,10 @@ def test_dino(golden: Golden, targets: str) -> None:
     if targets == "centering":
         centering, probs = centered(c, given["teacher_logits"])
         assert off(centering.center, want["center_after_next_use"]) < EXACT
-        next_probs = centering(given["teacher_logits_next"], c["teacher_temp2"])
+        next_probs = centering(given["teacher_logits_next"].clone(), c["teacher_temp2"])
         assert off(next_probs, want["teacher_probs_next"]) < EXACT
     else:
-        probs = SinkhornKnopp(c["n_iterations"])(given["teacher_logits"], c["teacher_temp"])
+        probs = SinkhornKnopp(c["n_iterations"])(given["teacher_logits"].clone(), c["teacher_temp"])
     assert off(probs, want["teacher_probs"]) < tolerance
     student = given["student"].requires_grad_()
     pairs = len(student) * views  # the recorded function adds up all pairs, and leaves out none
@@ -70,7 +70,7 @@ def test_ibot_on_all_patches(golden: Golden) -> None:
     centering, probs = centered(c, given["teacher_logits"])
     assert off(probs, want["teacher_probs_first"]) < EXACT
     assert off(centering.center[None], want["center_after_next_use"]) < EXACT
-    probs = centering(given["teacher_logits"], c["teacher_temp"])
+    probs = centering(given["teacher_logits"].clone(), c["teacher_temp"])
     assert off(probs, want["teacher_probs_second"]) < EXACT
     mask = given["mask"]
     weight = (1 / mask.sum(dim=1).clamp(min=1).double())[:, None].expand(mask.shape)[mask]
@@ -90,7 +90,7 @@ def test_ibot_on_hidden_patches(golden: Golden, targets: str) -> None:
         centering, probs = centered(c, teacher)
         assert off(centering.center[None], want["center_after"]) < EXACT
     else:
-        probs = SinkhornKnopp(c["n_iterations"])(teacher, c["teacher_temp"])
+        probs = SinkhornKnopp(c["n_iterations"])(teacher.clone(), c["teacher_temp"])
     assert off(probs, want["teacher_probs"]) < tolerance
     mask = given["mask"]
     weight = (1 / mask.sum(dim=1).clamp(min=1).double())[:, None].expand(mask.shape)[mask]
@@ -126,9 +126,9 @@ def _rank(rank: int, world_size: int, port: int, path: Path, results: Path) -> N
     sinkhorn = SinkhornKnopp(c["n_iterations"])
     ours = {
         "dino_center_after": centering.center,
-        "dino_sinkhorn_probs": sinkhorn(given["teacher_logits"], c["teacher_temp"]),
-        "ibot_sinkhorn_probs": sinkhorn(given["ibot_teacher_logits"], c["teacher_temp"]),
-        "rows_of_one_rank_only": sinkhorn(given["ibot_teacher_logits"][: 2 * rank], c["teacher_temp"]),
+        "dino_sinkhorn_probs": sinkhorn(given["teacher_logits"].clone(), c["teacher_temp"]),
+        "ibot_sinkhorn_probs": sinkhorn(given["ibot_teacher_logits"].clone(), c["teacher_temp"]),
+        "rows_of_one_rank_only": sinkhorn(given["ibot_teacher_logits"][: 2 * rank].clone(), c["teacher_temp"]),
     }
     torch.save(ours, results / f"{rank}.pt")
     dist.destroy_process_group()
