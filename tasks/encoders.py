@@ -14,7 +14,16 @@ from tasks.drop_path import use_keyed_drop_path
 from tasks.encoder_config import EncoderConfig, Pool
 from tasks.errors import TaskError
 from tasks.positions import Grid, resize_table, rope_table, sincos2d_table
-from tasks.timm_models import create_timm, is_maskable, map_tokens, measured_config, norm_pooled, repeated_parts
+from tasks.timm_models import (
+    create_timm,
+    freeze_unused,
+    is_maskable,
+    map_tokens,
+    measured_config,
+    norm_pooled,
+    num_prefix_tokens,
+    repeated_parts,
+)
 from tasks.vit import Rope, build_vit, init_vit, patch_rows
 
 
@@ -55,8 +64,10 @@ class Encoder(nn.Module):
             raise TaskError(f"{config.arch} has no class token: set encoder.pool: mean")
         use_keyed_drop_path(self.trunk, config.drop_path if config.drop_path_uniform else None)
         self.maskable = is_maskable(self.trunk)
+        if not self.maskable:
+            freeze_unused(self.trunk, config.image_size, config.in_chans)
         self.width: int = self.trunk.num_features
-        self.num_prefix: int = getattr(self.trunk, "num_prefix_tokens", 0)
+        self.num_prefix = num_prefix_tokens(self.trunk)
         self._ropes: dict[tuple[Grid, torch.device, torch.dtype], Rope] = {}
         if config.timm_name is None:
             if config.positions == "sincos2d":

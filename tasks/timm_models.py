@@ -13,9 +13,12 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import timm
+import torch
 from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.volo import VOLO
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tasks.encoder_config import EncoderConfig, Pool
 from tasks.errors import TaskError
@@ -51,6 +54,8 @@ def create_timm(name: str, *, image_size: int | None, pretrained: bool = False, 
         break
     if getattr(model, "attn_pool", None) is not None:
         model.attn_pool = None  # tokens are pooled here; parameters that never see a gradient would stop DDP
+    if hasattr(getattr(model, "head", None), "fc1"):
+        model.head = nn.Identity()  # what is left of a classifier with a hidden layer, whose norm is not of tokens
     return model
 
 
@@ -89,6 +94,26 @@ def _explain(name: str, error: Exception) -> str:
     return f"timm cannot build {name!r}: {reason}"
 
 
+def freeze_unused(trunk: Any, image_size: int, in_chans: int) -> None:
+    """Parameters that no token depends on (layers before a classifier that is gone) get no gradient: DDP would wait.
+
+    They are found on fake tensors, without computing anything.
+    """
+    trained = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
+    training = trunk.training
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+        image = torch.zeros(1, in_chans, image_size, image_size, dtype=trained[0].dtype, device=trained[0].device)
+        try:
+            tokens = torch.cat(map_tokens(trunk.eval().forward_features(image), trunk), dim=1)
+            out = norm_pooled(trunk, tokens.mean(dim=1)).sum()
+        except Exception:  # of an image size that does not fit, for one; whoever uses the encoder is told
+            return
+        finally:
+            trunk.train(training)
+        for parameter, gradient in zip(trained, torch.autograd.grad(out, trained, allow_unused=True), strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+
 def is_maskable(trunk: Any) -> bool:
     """Whether single patches can be hidden: a plain ViT, whose patch embedding sees one patch at a time."""
     embed: Any = getattr(trunk, "patch_embed", None)
@@ -105,7 +130,7 @@ def measured_config(config: EncoderConfig, trunk: Any) -> EncoderConfig:
     patch_size = trunk.patch_embed.patch_size[0] if is_maskable(trunk) else trunk.feature_info[-1]["reduction"]
     if is_maskable(trunk) and config.image_size % patch_size:
         raise TaskError(f"{config.arch} has patches of {patch_size}, they do not divide image_size {config.image_size}")
-    class_token = getattr(trunk, "cls_token", None) is not None
+    class_token = _has_class_token(trunk)
     return replace(config, patch_size=patch_size, class_token=class_token, position_resize="open_clip")
 
 
@@ -115,7 +140,7 @@ def pretrained_config(name: str, model: Any, image_size: int | None) -> EncoderC
     arch = cfg.get("architecture") or name
     tag = cfg.get("tag")
     side = image_size or cfg["input_size"][-1]
-    class_token = getattr(model, "cls_token", None) is not None
+    class_token = _has_class_token(model)
     pool: Pool = "cls" if class_token and getattr(model, "global_pool", "") == "token" else "mean"
     return EncoderConfig(
         arch=f"timm:{arch}.{tag}" if tag and timm.is_model(arch) and ":" not in name else f"timm:{arch}",
@@ -128,11 +153,23 @@ def pretrained_config(name: str, model: Any, image_size: int | None) -> EncoderC
     )
 
 
+def num_prefix_tokens(trunk: Any) -> int:
+    """Tokens that `forward_features` puts before the patches; VOLO does not say that it has one."""
+    if isinstance(trunk, VOLO):
+        return int(trunk.post_network is not None)
+    return int(getattr(trunk, "num_prefix_tokens", 0))
+
+
+def _has_class_token(trunk: Any) -> bool:
+    """Whether one comes out in front: PiT gives nothing else, so that its class token is what it has for patches."""
+    return getattr(trunk, "cls_token", None) is not None and num_prefix_tokens(trunk) > 0
+
+
 def map_tokens(features: Any, trunk: Any) -> tuple[Tensor, Tensor]:
     """What `forward_features` of any family gave -> prefix [b p d], patches [b n d]; TaskError if unknown."""
     if not isinstance(features, Tensor):
         raise TaskError(f"timm model {type(trunk).__name__} gives no single feature map: take another")
-    width, p = trunk.num_features, getattr(trunk, "num_prefix_tokens", 0)
+    width, p = trunk.num_features, num_prefix_tokens(trunk)
     if features.ndim == 4:
         channels_last = getattr(trunk, "output_fmt", "") == "NHWC" or features.shape[1] != width
         features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)

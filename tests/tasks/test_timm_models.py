@@ -25,10 +25,13 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+REST_OF_A_CLASSIFIER = ["inception_next_atto", "lcnet_050", "efficientvit_b0", "test_mambaout"]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *REST_OF_A_CLASSIFIER])
 def test_every_family_gives_tokens_at_several_sizes_and_learns(name):
     encoder = Encoder(EncoderConfig(arch=f"timm:{name}", image_size=96))
-    stride, prefix = FAMILIES[name]
+    stride, prefix = FAMILIES.get(name, (32, 0))
     assert encoder.config.patch_size == stride
     assert encoder.config.class_token == bool(prefix)
     assert len(encoder.blocks) > 3
@@ -41,6 +44,19 @@ def test_every_family_gives_tokens_at_several_sizes_and_learns(name):
     features.square().mean().backward()
     blind = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
     assert not blind, "parameters without a gradient would stop DDP"
+    frozen = [n for n, p in encoder.named_parameters() if not p.requires_grad]
+    assert bool(frozen) == (name in REST_OF_A_CLASSIFIER[1:])
+
+
+@pytest.mark.parametrize(("name", "prefix", "patches"), [("volo_d1_224", 1, 196), ("pit_ti_224", 0, 1)])
+def test_class_tokens_that_timm_does_not_count(name, prefix, patches):
+    """VOLO puts one before the patches, PiT gives nothing but its own."""
+    encoder = Encoder(EncoderConfig(arch=f"timm:{name}")).eval()
+    with torch.no_grad():
+        tokens = encoder(torch.randn(1, 3, 224, 224))
+        assert encoder.config.class_token == bool(prefix) and encoder.num_prefix == prefix
+        assert tokens.prefix.shape[1] == prefix and tokens.patches.shape[1] == patches
+        assert all(encoder.pool(tokens, how).isfinite().all() for how in (("cls", "mean") if prefix else ("mean",)))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
