@@ -32,6 +32,16 @@ SHARDED = {
     "compiled": ["--model.compile_blocks", "true"],
     "bf16": ["--trainer.precision", "bf16-mixed"],
 }
+# Few images have hidden patches, so that a rank has none at times; KoLeo compares the images of one rank only.
+DINOV2 = [
+    "--model.ibot", "{mask_probability: 0.05}", "--model.clip", "module", "--model.layer_decay", 0.8,
+    "--model.patch_embed_lr_scale", 0.2, "--model.encoder.registers", 2, "--model.encoder.drop_path", 0.2,
+]  # fmt: skip
+SINKHORN = [*DINOV2, "--model.targets", "sinkhorn"]
+TERMS = {
+    "centring": (DINOV2, "64-true"), "Sinkhorn-Knopp": (SINKHORN, "32-true"),  # it always computes in float32
+    "KoLeo": ([*DINOV2, "--model.koleo_weight", 0.1], "64-true"),
+}  # fmt: skip
 # Traced as torch.compile does, without the minutes that generating code takes on a CPU; leaves a byte for each graph.
 # And each rank writes down where it has built its models.
 BEFORE = """
@@ -101,6 +111,10 @@ def folder(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         later.append((folder / f"{objective}-fsdp2-", run, [*command(objective, drawn, run, "64-true", 4), *FSDP2]))
     dino = [*command("dino", drawn, folder / "dino-eighteen", "64-true", 9), *FSDP2, *THIRDS]
     first += [dino, [*from_another(drawn, folder, folder / "dino-started"), *FSDP2]]
+    for terms, (options, precision) in TERMS.items():
+        for strategy in ("ddp", "fsdp2"):
+            run = folder / f"dinov2-{strategy}-{terms}"
+            first.append([*command("dino", drawn, run, precision, 8, *options), *MOVES[strategy]])  # type: ignore[misc]
     pretrain_on_two_ranks(first, folder, BEFORE)
     for start, run, _ in later:
         go_back(start, run)
@@ -194,6 +208,19 @@ def test_a_run_may_be_moved_between_strategies_and_ranks(
     ):
         assert_same(run, alone(objective))
     assert losses(folder / f"{objective}-resumed") == losses(folder / f"{objective}-fsdp2-")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terms", TERMS)
+def test_the_terms_of_dinov2(terms: str, folder: Path, drawn: Path, tmp_path: Path) -> None:
+    options, precision = TERMS[terms]
+    ddp, fsdp2 = folder / f"dinov2-ddp-{terms}", folder / f"dinov2-fsdp2-{terms}"
+    assert_same(fsdp2, ddp, precision)
+    if terms != "KoLeo":
+        assert pretrain(*command("dino", drawn, tmp_path / "run", precision, 16, *options)) == 0
+        assert_same(ddp, tmp_path / "run", precision)
+    hidden = read_metrics(ddp / "metrics.csv")["train/ibot_loss"]
+    assert (hidden == 0).any() and (hidden > 0).any()
 
 
 @pytest.mark.slow
