@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from datamodules.normalize import check_channels
+from datamodules.recipes import Recipe
 from datamodules.remote import check_url, is_remote
 from pretrain.errors import RunError
 from tasks.encoder_config import EncoderConfig
@@ -121,6 +122,16 @@ def _check_patches(config: Namespace) -> None:
                 f"data.recipe.{name} {size} is not a multiple of model.encoder.patch_size {patch}: the nearest are "
                 f"{' and '.join(near)}"
             )
+
+
+def check_parts(task: PretrainTask, recipe: Recipe) -> None:
+    """RunError when the task learns from what the recipe does not make."""
+    made = (*recipe.views, *(("text",) if recipe.captions is not None else ()))
+    if missing := [name for name in task.learns_from if name not in made]:
+        raise RunError(
+            f"{type(task).__name__} learns from {', '.join(missing)}, but {type(recipe).__name__} makes "
+            f"{', '.join(made)}: set data.recipe.class_path to the recipe of {task.objective}"
+        )
 
 
 def check_sizes(task: PretrainTask, recipe: Namespace) -> None:

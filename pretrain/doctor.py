@@ -1,8 +1,9 @@
 """`trivit doctor`: what is here, what a run will need, what is wrong with it, before a queue or a night finds out."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from jsonargparse import Namespace
@@ -10,7 +11,7 @@ from jsonargparse import Namespace
 from datamodules.errors import DataError
 from datamodules.shard_datamodule import Layout, ShardDataModule
 from pretrain import doctor_run
-from pretrain.checks import check, fill_in, max_steps
+from pretrain.checks import check, check_parts, check_sizes, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse
 from pretrain.cost import step_cost
 from pretrain.doctor_data import reading_rate, training_set
@@ -49,7 +50,7 @@ def doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
             for level, text in findings:
                 print(f"  {level:5}  {text}", flush=True)
                 wrong += level == "wrong"
-        except (DataError, TaskError) as error:  # what would end the run at its start
+        except (DataError, RunError, TaskError) as error:  # what would end the run at its start
             print(f"  {'wrong':5}  {' '.join(str(error).split())}")
             wrong += 1
     print(f"{wrong} to mend, see above" if wrong else "nothing wrong was found")
@@ -69,7 +70,7 @@ def _sections(arguments: argparse.Namespace, rest: list[str], gpu: GPU | None) -
     parts = instantiate(cli, config)
     run = _Run(cli, config, parts.model, parts.data, gpu, arguments, "--data.train" in given)
     yield "The data", run.of_data()
-    if run.layout is not None:
+    if run.layout is not None and run.possible:
         yield f"The run, on {run.world_size} x {arguments.gpu or 'what is here'}", run.of_run()
 
 
@@ -86,6 +87,7 @@ class _Run:
         self.gpus = arguments.gpus_per_node or max(1, torch.cuda.device_count())
         self.world_size = arguments.nodes * self.gpus
         self.layout: Layout | None = None
+        self.possible = True
         self.steps = int(config.trainer.max_steps) if config.epochs is None else None
         self.rate: float | None = None
 
@@ -97,6 +99,7 @@ class _Run:
             f"global batch {self.data.global_batch_size} = {self.world_size} rank{'s' * (self.world_size > 1)} x "
             f"{self.layout.micro_batch} x {self.layout.accumulate} accumulated",
         )
+        yield from self.refused()
         if not self.has_data:
             yield Finding("note", "no --data.train was given: shards, epochs and reading are not looked at")
             return
@@ -106,6 +109,28 @@ class _Run:
         self.rate = reading_rate(self.data)
         if self.rate is not None:
             yield Finding("ok", f"a core here reads and augments {self.rate:,.0f} images/s")
+
+    def refused(self) -> Iterator[Finding]:
+        """What ends `trivit pretrain` before its first step, whatever the data."""
+        task, settings = self.task, self.config.trainer
+        trainer = SimpleNamespace(
+            accumulate_grad_batches=self.data.batches_per_step(self.world_size), world_size=self.world_size,
+            gradient_clip_val=settings.gradient_clip_val, precision=str(settings.precision or "32-true"), global_step=0,
+        )  # fmt: skip
+        task.trainer = trainer  # type: ignore[assignment]
+        checks: list[Callable[[], None]] = [
+            lambda: check_parts(task, self.data.recipe),
+            lambda: check_sizes(task, self.config.data.recipe.init_args),
+            lambda: task.check_trainer(trainer, self.data),
+        ]
+        if not (Path(self.config.output) / "checkpoints").exists():  # or it does not start from another one's weights
+            checks.append(task.on_train_start)
+        for look in checks:
+            try:
+                look()
+            except (DataError, RunError, TaskError) as error:
+                self.possible = False
+                yield Finding("wrong", " ".join(str(error).split()))
 
     def of_run(self) -> Iterator[Finding]:
         """Memory, work and time."""

@@ -29,7 +29,7 @@ from pretrain.beginning import Beginning
 from pretrain.checkpoint_files import CheckpointFiles
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.checkpoints import Checkpoints
-from pretrain.checks import check, check_sizes, fill_in, max_steps
+from pretrain.checks import check, check_parts, check_sizes, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
 from pretrain.cost import peak_rate
 from pretrain.errors import Interrupted, RunError, RunFailure
@@ -92,7 +92,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
             task.double()  # Lightning would do it after a checkpoint has been read, which would be rounded
         data.bad_samples_file = directory.bad_samples
         data.tokenize, data.whole_batches = task.tokenize, task.whole_batches
-        _match(task, data)
+        check_parts(task, data.recipe)
         check_sizes(task, config.data.recipe.init_args)
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
@@ -205,16 +205,6 @@ def _trainer(
     return trainer, progress
 
 
-def _match(task: PretrainTask, data: ShardDataModule) -> None:
-    recipe = data.recipe
-    made = (*recipe.views, *(("text",) if recipe.captions is not None else ()))
-    if missing := [name for name in task.learns_from if name not in made]:
-        raise RunError(
-            f"{type(task).__name__} learns from {', '.join(missing)}, but {type(recipe).__name__} makes "
-            f"{', '.join(made)}: set data.recipe.class_path to the recipe of {task.objective}"
-        )
-
-
 def _lay_out(trainer: Trainer, task: PretrainTask, data: ShardDataModule, stop: StopRequest) -> None:
     started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or trainer.world_size)
     if started != trainer.world_size:
@@ -224,7 +214,7 @@ def _lay_out(trainer: Trainer, task: PretrainTask, data: ShardDataModule, stop: 
         )
     layout = data.layout(trainer.world_size)
     trainer.accumulate_grad_batches = data.batches_per_step(trainer.world_size)
-    task.check_trainer(trainer)
+    task.check_trainer(trainer, data)
     data.on_failure = stop.fail if trainer.world_size > 1 else None
     if trainer.is_global_zero:
         ranks = f"{trainer.world_size} rank{'s' if trainer.world_size > 1 else ''}"

@@ -119,10 +119,9 @@ class CLIPTask(PretrainTask):
         """AdamW with an epsilon of its own."""
         return AdamW(groups, betas=self.betas, eps=self.eps, **how)
 
-    def on_fit_start(self) -> None:
-        """Refuses what this run contradicts."""
-        super().on_fit_start()
-        if self.trainer.accumulate_grad_batches > 1:
+    def check_trainer(self, trainer: Any, data: Any) -> None:
+        """Raises TaskError for what this run contradicts."""
+        if trainer.accumulate_grad_batches > 1:
             raise TaskError("CLIP accumulates by itself, with all negatives: set data.device_batch_size instead")
         words = self.model.text.tokenizer
         end, size = words.end_id, words.vocab_size  # what cannot be read or fetched is known before workers start
@@ -131,14 +130,14 @@ class CLIPTask(PretrainTask):
                 f"the text tower finds the end of a text as its largest id, but in {words.vocabulary} the end is id "
                 f"{end} of {size:,}: learn a vocabulary with tasks.tokenizer.train_bpe, or give that id the last place"
             )
-        layout = self._data.layout(self.trainer.world_size)
+        layout = data.layout(trainer.world_size)
         normed = not self.lock_image and any(isinstance(part, _BatchNorm) for part in self.model.modules())
         if normed and layout.accumulate > 1:
             raise TaskError(
                 f"BatchNorm would see the {layout.micro_batch} pairs of a micro-batch, not the batch: raise "
                 "data.device_batch_size, use more devices, or take an encoder without BatchNorm"
             )
-        if self._data.global_batch_size < 2:
+        if data.global_batch_size < 2:
             raise TaskError("CLIP compares the pairs of a batch: data.global_batch_size must be at least 2")
 
     def on_train_start(self) -> None:

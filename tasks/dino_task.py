@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -189,8 +188,8 @@ class DINOTask(PretrainTask):
             return SGD(groups, momentum=self.betas[0], **how)
         return super().build_optimizer(groups, **how)
 
-    def check_trainer(self, trainer: pl.Trainer) -> None:
-        """Raises TaskError for what the trainer would do to DINO; needs neither data nor ranks."""
+    def check_trainer(self, trainer: Any, data: Any) -> None:
+        """Raises TaskError for what the trainer would do to DINO."""
         if trainer.accumulate_grad_batches > 1:
             alone = [n for n, on in (("KoLeo", self.model.koleo_weight), ("Sinkhorn-Knopp", not self._centred)) if on]
             if alone:
@@ -200,12 +199,8 @@ class DINOTask(PretrainTask):
                 )
         if trainer.gradient_clip_val is not None:
             raise TaskError("trainer.gradient_clip_val clips all gradients together; DINO has clip_grad: set that")
-
-    def on_fit_start(self) -> None:
-        """Refuses what this run contradicts."""
-        super().on_fit_start()
-        self.check_trainer(self.trainer)
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters()):
+        halved = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
+        if halved or str(trainer.precision) in ("16-true", "bf16-true"):
             raise TaskError("16-bit weights cannot follow an EMA: set trainer.precision to bf16-mixed or 32-true")
 
     def on_train_start(self) -> None:

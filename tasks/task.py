@@ -162,12 +162,18 @@ class PretrainTask(pl.LightningModule):
         of = f"of {warmup:g} steps is not shorter than the run of {total} steps"
         return {name: (f"model.{name} {value:g}: a warm-up {of}", tenth)}
 
-    def check_trainer(self, trainer: pl.Trainer) -> None:
-        """Raises TaskError for what a trainer, before it begins, would do that the task cannot bear."""
+    def check_trainer(self, trainer: Any, data: Any) -> None:
+        """Raises TaskError for what a trainer, before it begins, would do that the task cannot bear.
+
+        Args:
+            trainer: its accumulate_grad_batches, gradient_clip_val, precision and world_size are looked at.
+            data: the datamodule; its global_batch_size and layout, for which it need not have been set up.
+        """
 
     def on_fit_start(self) -> None:
-        """Refuses a schedule that cannot work."""
+        """Refuses a schedule and a trainer that cannot work."""
         self.check_schedule(self.trainer.max_steps, self._data.steps_per_epoch)
+        self.check_trainer(self.trainer, self._data)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds what else is random inside the model by place in the run, so that a resumed run repeats it."""

@@ -7,7 +7,8 @@ import pytest
 
 from pretrain import doctor as doctor_module
 from pretrain.cli import main
-from tests.pretrain.conftest import SMALL
+from tests.pretrain.conftest import SMALL, pretrain
+from tests.pretrain.processes import SMALL_DINO
 
 
 def doctor(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -58,6 +59,47 @@ def test_what_cannot_work_is_found_and_told(drawn: Path, tmp_path: Path, capsys:
     assert code == 1 and "a warm-up of 8 steps is not shorter than the run of 8 steps" in said
     code, said = doctor(capsys, *SMALL, "--gpu", "v100", "--trainer.precision", "bf16-mixed")
     assert code == 1 and "this GPU has no bfloat16: --trainer.precision 16-mixed" in said
+
+
+REFUSED = {
+    "BatchNorm on a part of CLIP's batch": (
+        ["--config", "clip_demo", "--data.global_batch_size", 32, "--data.device_batch_size", 16],
+        "BatchNorm would see the 16 pairs of a micro-batch",
+    ),
+    "KoLeo and accumulation": (
+        [*SMALL_DINO, "--model.koleo_weight", 0.1, "--data.device_batch_size", 8],
+        "KoLeo cannot see across 2 accumulated",
+    ),
+    "16-bit weights": ([*SMALL_DINO, "--trainer.precision", "bf16-true"], "16-bit weights cannot follow an EMA"),
+    "one size only": (
+        ["--config", "dino_demo", "--model.encoder.arch", "timm:efficientformerv2_s0", "--data.recipe.crop_size", 64,
+         "--data.recipe.local_size", 32, "--data.recipe.local_views", 1, "--data.global_batch_size", 8],
+        "cannot see local views of 32: set --data.recipe.local_views 0",
+    ),
+    "another recipe": (
+        [*SMALL, "--data.recipe", "datamodules.recipes.DINORecipe", "--data.recipe.crop_size", 16],
+        "MAETask learns from image, but DINORecipe makes",
+    ),
+    "no weights to start from": ([*SMALL_DINO, "--model.init_encoder", "nowhere"], "nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_start_refuses_is_told_beforehand(
+    case: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, told = REFUSED[case]
+    options = [*options, "--trainer.accelerator", "cpu"]
+    assert pretrain(*options, "--data.train", drawn, "--data.workers", 0, "--output", tmp_path / "run") == 2
+    refusal = capsys.readouterr().err.splitlines()[-1].removeprefix("trivit: ")
+    code, said = doctor(capsys, *options, "--gpu", "h100")
+    assert told in refusal and code == 1 and f"  wrong  {refusal}\n" in said and "1 to mend" in said
+
+
+def test_a_batch_of_clip_on_more_ranks_is_whole_again(capsys: pytest.CaptureFixture[str]) -> None:
+    options, told = REFUSED["BatchNorm on a part of CLIP's batch"]
+    code, said = doctor(capsys, *options, "--gpus-per-node", 2, "--gpu", "h100")
+    assert code == 0 and told not in said, said
 
 
 def test_a_run_that_does_not_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
