@@ -23,7 +23,8 @@ class ImageData:
     """Images to learn from and to score on, and what is known of them.
 
     `train_rows`, `test_rows`: numbers of the samples that count in the order of their manifest, [n] and [t], with their
-    keys "SHARD/KEY" and their labels in the numbering of train.
+    keys "SHARD/KEY" and their labels in the numbering of train. `drop_unknown`: of masks, pixels of classes that train
+    lacks are left out.
     """
 
     train: Path
@@ -40,6 +41,7 @@ class ImageData:
     batch_size: int = 256
     precision: Precision = "float32"
     progress: bool = True
+    drop_unknown: bool = False
 
     def held_out(self, rows: Ints) -> "ImageData":
         """Those of the train images (positions in train_rows) to score on in place of test."""

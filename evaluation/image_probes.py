@@ -108,7 +108,8 @@ def score_segmentation(encoder: Encoder, train: Path, test: Path, data: ImageDat
         "warmup_steps": settings.segmentation.warmup,
         "classes": len(found["per_class"]),
         "scored": f"centre crop of {encoder.config.image_size} px, masks resized to it",
-        "ignored": "class 255",
+        "ignored": "class 255" + (" and those left out" if "left_out" in found else ""),
+        "left_out": {str(number): f"in {masks:,} masks" for number, masks in found.pop("left_out", {}).items()} or None,
         "interval": "bootstrap over test images",
         "seed": settings.seed,
     }

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,40 @@ def match_labels(
     Raises:
         EvaluationError: a test class has no train image, only one side has names, or a name stands for two classes.
     """
+    found = _match(train_names, train_label, test_names, test_label)
+    lost = sorted({found.test_names[i] for i in np.unique(test_label[~found.known])})
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        hint = _other_case(lost, found.train_names) or "; --drop-unknown-classes leaves their images out"
+        raise EvaluationError(f"test classes without any train image: {', '.join(lost[:5])}{more}{hint}")
+    return found.label.astype(np.int64), found.train_names
+
+
+def unknown_rows(
+    train_names: Sequence[str], train_label: Ints, test_names: Sequence[str], test_label: Ints
+) -> NDArray[np.bool_]:
+    """Which test images [t] have a class that no train image has; those without a label (-1) do not count.
+
+    Raises:
+        EvaluationError: as `match_labels`, but for such classes.
+    """
+    labelled = test_label >= 0
+    if not labelled.any():
+        return np.zeros(len(test_label), dtype=bool)
+    found = _match(train_names, train_label, test_names, np.where(labelled, test_label, test_label.max()))
+    return labelled & ~found.known
+
+
+class _Matched(NamedTuple):
+    """Test labels in the numbering of train [t], whether train has an image of each [t], and the names of both."""
+
+    label: Ints
+    known: NDArray[np.bool_]
+    train_names: tuple[str, ...]
+    test_names: tuple[str, ...]
+
+
+def _match(train_names: Sequence[str], train_label: Ints, test_names: Sequence[str], test_label: Ints) -> _Matched:
     if bool(train_names) != bool(test_names):
         named, bare = ("train", "test") if train_names else ("test", "train")
         raise EvaluationError(
@@ -61,14 +96,8 @@ def match_labels(
         number = np.array([place.get(name, -1) for name in test_names])
     matched = number[test_label]
     known = np.zeros(len(train_names) + 1, dtype=bool)
-    known[np.unique(train_label)] = True  # the last entry stays False and stands for -1
-    lost = sorted({test_names[i] for i in np.unique(test_label[~known[matched]])})
-    if lost:
-        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        raise EvaluationError(
-            f"test classes without any train image: {', '.join(lost[:5])}{more}{_other_case(lost, train_names)}"
-        )
-    return matched.astype(np.int64), tuple(train_names)
+    known[np.unique(train_label[train_label >= 0])] = True  # the last entry stays False and stands for -1
+    return _Matched(matched, known[matched], tuple(train_names), tuple(test_names))
 
 
 def _other_case(lost: Sequence[str], names: Sequence[str]) -> str:

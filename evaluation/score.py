@@ -28,6 +28,7 @@ from evaluation.ranks import one_decimal
 from evaluation.results_file import merge, results_file, run_of
 from evaluation.team import Team
 from evaluation.text_lines import text_summary
+from evaluation.unknown_classes import left_out_words, without_unknown
 from tasks.encoder_config import Pool
 from tasks.encoder_files import checkpoint_hash, load_encoder
 
@@ -49,6 +50,7 @@ def evaluate(
     captions: str | None = None,
     pool: Pool | None = None,
     floors: bool = True,
+    drop_unknown_classes: bool = False,
     image_size: int | None = None,
     precision: Precision = "float32",
     team: Team = Team(),  # noqa: B008 (frozen)
@@ -74,6 +76,8 @@ def evaluate(
         pool: what the probes see, class token, mean of the patch tokens or both (zeroshot and retrieval: always the
             joint space); None: as the encoder's config says.
         floors: score raw pixels and the untrained encoder too (cached per data set).
+        drop_unknown_classes: leave test images (of segmentation: pixels) out whose class train lacks, instead of
+            refusing; protocols count them.
         image_size: side of the images that the encoder sees, in pixels; None: as it was trained.
         precision: of the matrix products that make features.
         team: processes that help with features, see `evaluate_together`.
@@ -138,6 +142,8 @@ def evaluate(
         tested = with_only_folder(tested, test, trained.classes)
         check_labelled(trained.label, "train", train or "")
         check_labelled(tested.label, "test", test)
+        if drop_unknown_classes:
+            tested, _ = without_unknown(trained, tested)
         label, classes = match_labels(trained.classes, trained.label, tested.classes, tested.label)
         return ProbeData(trained.x, trained.label, tested.x, label, len(classes), attributes)
 
@@ -162,13 +168,19 @@ def evaluate(
                 f"note: {both:,} test images ({share}%) are in train, too; scores may be as much too good",
                 file=sys.stderr,
             )
+        left_out: dict[str, int] = {}
+        if drop_unknown_classes and not without_labels:
+            check_labelled(trained.label, "train", train)
+            tested, left_out = without_unknown(trained, with_only_folder(tested, test, trained.classes))
+            if left_out and progress:
+                print(f"note: {left_out_words(left_out)}", file=sys.stderr)
         if "attributes" in learned:
             attributes |= read_attributes(train_root, trained, test_root, tested)
         data = pair(trained, tested)
         about = shared | {
             "pool": config.pool,
             "train": about_data(trained, train),
-            "test": about_data(tested, test),
+            "test": about_data(tested, test) | ({"left_out": left_out} if left_out else {}),
             "classes": data.classes,
         }
         if data.classes:
@@ -219,6 +231,7 @@ def evaluate(
         }
         for found in score_dense(
             dense, encoder, train_root, test_root, settings, about, floors=floors, floor_cache=floor_cache,
+            drop_unknown=drop_unknown_classes,
             batch_size=batch_size, workers=workers, precision=precision, progress=progress,
         ):  # fmt: skip
             take(found)

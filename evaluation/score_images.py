@@ -73,6 +73,8 @@ def score_dense(
         return score_segmentation(of, train, test, data, settings)
 
     hashes = tuple(load_manifest(root).fingerprint for root in (data.train, test)) if floors else None
+    if hashes and data.drop_unknown:
+        hashes += ("without unknown classes",)
     yield from _scored(names, encoder, score, data, settings, about, hashes, floor_cache)
 
 

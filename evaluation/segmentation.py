@@ -66,6 +66,9 @@ class Segmentation:
 def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, config: Segmentation, seed: int) -> Any:
     """{"miou", "interval", "pixel_accuracy", "per_class", "majority_miou", "images"} in percent.
 
+    With `data.drop_unknown` also "left_out": in how many test masks each class is that train lacks; these pixels count
+    as 255 does.
+
     The interval is a bootstrap over test images; `majority_miou` is that of the most frequent class everywhere.
 
     Args:
@@ -85,7 +88,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
     }  # fmt: skip
     learn = MaskBatches(train, batch_size=config.batch_size, seed=seed, **cut)
     scored = MaskBatches(test, batch_size=config.batch_size, **cut)
-    classes = _classes(train, test, config, data.progress)
+    classes, unknown = _classes(train, test, config, data)
     tokens = frozen(lambda images: encoder(images).patches, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -113,11 +116,15 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
     with torch.no_grad():
         for batch in scored.batches(workers=data.workers, on_accelerator=on_accelerator):
             mask = batch["mask"].to(data.device)
+            mask[torch.isin(mask, torch.tensor(list(unknown), device=mask.device))] = IGNORE
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
             found += [pixel_counts(p, m, classes) for p, m in zip(logits.argmax(1), mask, strict=True)]
     if not found:
         raise EvaluationError("segmentation: no test image has a mask of its size")
-    return iou_result(np.stack(found), seed)
+    counts = np.stack(found)
+    if not counts.any():
+        raise EvaluationError("segmentation: no pixel of test has a class of train")
+    return iou_result(counts, seed) | ({"left_out": unknown} if unknown else {})
 
 
 def _logits(head: nn.Module, patches: Tensor, encoder: Encoder, mask: Tensor) -> Tensor:
@@ -129,13 +136,13 @@ def _logits(head: nn.Module, patches: Tensor, encoder: Encoder, mask: Tensor) ->
     return F.interpolate(head(grid), mask.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _classes(train: Path, test: Path, config: Segmentation, progress: bool) -> int:
-    """How many classes the head tells apart, from all masks, before anything is learned.
+def _classes(train: Path, test: Path, config: Segmentation, data: ImageData) -> tuple[int, dict[int, int]]:
+    """How many classes the head tells apart, from all masks, before anything is learned; and those to leave out.
 
     Raises:
         EvaluationError: train has one class only, test has others than train, or there are more than was said.
     """
-    known, asked = (_found(root, progress) for root in (train, test))
+    known, asked = (_found(root, data.progress) for root in (train, test))
     if len(known) < 2:
         raise EvaluationError("segmentation: the masks of train have one class only")
     if config.classes and max(known) >= config.classes:
@@ -143,13 +150,15 @@ def _classes(train: Path, test: Path, config: Segmentation, progress: bool) -> i
             f"segmentation: a mask has class {max(known)}, but {config.classes} were expected: say how many with "
             "--set segmentation.classes=N, or leave that out"
         )
-    if lost := [f"{number} (in {masks:,})" for number, masks in asked.items() if number not in known]:
+    unknown = {number: masks for number, masks in asked.items() if number not in known}
+    if unknown and not data.drop_unknown:
+        lost = [f"{number} (in {masks:,})" for number, masks in unknown.items()]
         more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
         raise EvaluationError(
             f"segmentation: masks of test have classes that no mask of train has: {', '.join(lost[:MOST_NAMED])}{more}"
-            ": add such images to train, or mark these pixels with 255 in test"
+            ": add such images to train, or leave these pixels out with --drop-unknown-classes"
         )
-    return config.classes or max(known) + 1
+    return config.classes or max(known) + 1, unknown
 
 
 def _found(root: Path, progress: bool) -> dict[int, int]:

@@ -19,11 +19,16 @@ ROOMS_WITH_ERRORS = ("pretrain", "evaluation", "tasks", "datamodules", "slurm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one `trivit` command and return its exit code; a user's mistake becomes one line on stderr and code 2."""
+    """Run one `trivit` command and return its exit code; a user's mistake becomes one line on stderr and code 2.
+
+    Args:
+        argv: of a caller that goes on afterwards; None: the command line of this process, which ends with it.
+    """
     try:
         arguments, rest = build_parser().parse_known_args(argv)
         if rest and not arguments.takes_rest:
             arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.last = argv is None
         return int(arguments.run(arguments, rest) or 0)
     except KeyboardInterrupt as interrupt:
         told = str(interrupt) or "interrupted; the same command goes on or begins anew"
@@ -196,6 +201,11 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate.add_argument(
         "--no-floors", action="store_true", help="leave out raw pixels and the untrained encoder, the same for all runs"
     )
+    evaluate.add_argument(
+        "--drop-unknown-classes",
+        action="store_true",
+        help="leave test images out whose class train lacks, and say how many (default: refuse)",
+    )
     evaluate.add_argument("--output", metavar="DIR", help="where results.json goes (default: the run)")
     evaluate.add_argument(
         "--by-step", action="store_true", help="of a run that trains: to RUN/evaluations/step_N, once a checkpoint"
@@ -336,12 +346,12 @@ def _stats(arguments: argparse.Namespace, _: list[str]) -> int | None:
     )
 
 
-def _pretrain(_: argparse.Namespace, rest: list[str]) -> int | None:
+def _pretrain(arguments: argparse.Namespace, rest: list[str]) -> int | None:
     # Or torch prints its own stack at each try to reach a rank that is not there; `watchdog` tells it in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pretrain.run import pretrain_command
 
-    return pretrain_command(rest)
+    return pretrain_command(rest, arguments.last)
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
@@ -349,6 +359,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> int | None:
     from evaluation.probes import ProbeSettings
 
     how = {name: getattr(arguments, name) for name in ("output", "pool", "image_size", "precision")}
+    how["drop_unknown_classes"] = arguments.drop_unknown_classes
     how["floors"] = not arguments.no_floors
     if arguments.suite is not None:
         from evaluation.score_suite import evaluate_suite

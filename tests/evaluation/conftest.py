@@ -30,9 +30,16 @@ COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "
 
 
 def write_images(
-    folder: Path, count: int, *, classes: tuple[str, ...] = CLASSES, seed: int = 0, labelled: bool = True, bad: int = 0
+    folder: Path,
+    count: int,
+    *,
+    classes: tuple[str, ...] = CLASSES,
+    seed: int = 0,
+    labelled: bool = True,
+    bad: int = 0,
+    leave_out: str = "",
 ) -> Path:
-    """Noise around one colour per class name; `bad` of the files are no images."""
+    """Noise around one colour per class name, not of `leave_out`; `bad` of the files are no images."""
     rng = np.random.default_rng(seed)
     with ShardWriter(folder, samples_per_shard=40, classes=classes if labelled else ()) as writer:
         for i in range(count):
@@ -42,6 +49,8 @@ def write_images(
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "png")
             data = b"this is no image" if i < bad else file.getvalue()
+            if classes[label] == leave_out:
+                continue
             writer.write(f"{i:05d}", {"png": data, **({"cls": str(label).encode()} if labelled else {})})
     return folder
 

@@ -33,13 +33,13 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def write_masked(folder: Path, count: int, seed: int, value: int = 1) -> Path:
+def write_masked(folder: Path, count: int, seed: int, value: int = 1, ground: int = 0) -> Path:
     """A bright rectangle on dark noise, and its mask; every tenth mask has a strip that is ignored."""
     rng = np.random.default_rng(seed)
     with ShardWriter(folder, samples_per_shard=20) as writer:
         for i in range(count):
             top, left = 4 * rng.integers(0, 3), 4 * rng.integers(0, 3)
-            pixels, mask = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8), np.zeros((16, 16), np.uint8)
+            pixels, mask = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8), np.full((16, 16), ground, np.uint8)
             pixels[top : top + 8, left : left + 8] += 180
             mask[top : top + 8, left : left + 8] = value
             if i % 10 == 0:
@@ -125,6 +125,12 @@ def test_what_cannot_be_segmented_is_one_line(masked: Path, world: Path, tmp_pat
     more = write_masked(tmp_path / "more", 8, 0, value=7)
     with pytest.raises(EvaluationError, match=r"of test have classes that no mask of train has: 7 \(in 8\)"):
         segmentation(encoder_of(), masked / "train", more, data_of(more), few, 0)
+    mixed = replace(data_of(more), drop_unknown=True)
+    found = segmentation(encoder_of(), masked / "train", more, mixed, few, 0)
+    assert found["left_out"] == {7: 8} and found["per_class"][0] and len(found["per_class"]) == 2
+    with pytest.raises(EvaluationError, match="no pixel of test has a class of train"):
+        all_new = write_masked(tmp_path / "new", 8, 0, value=7, ground=9)
+        segmentation(encoder_of(), masked / "train", all_new, mixed, few, 0)
     with pytest.raises(EvaluationError, match=r"a mask has class 7, but 2 were expected: .*segmentation.classes=N"):
         segmentation(encoder_of(), more, more, data_of(more), replace(few, classes=2), 0)
     ill = encoder_of()

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -6,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datamodules.manifest import load_manifest
 from evaluation import evaluate
 from evaluation.errors import EvaluationError
 from evaluation.labels import check_labelled, match_labels
 from evaluation.overlap import shared_images
 from evaluation.probes import ProbeSettings
-from tests.evaluation.conftest import write_images
+from pretrain.cli import main
+from tests.evaluation.conftest import CLASSES, write_images
 
 
 def test_classes_match_by_name_not_by_number() -> None:
@@ -100,6 +103,35 @@ def test_one_class_folder_is_told_and_enough_for_test(
     ):
         with pytest.raises(EvaluationError, match=says):
             evaluate(encoder_file, train=one, test=other, probes=("knn",), **how)
+
+
+def test_classes_that_train_lacks_are_left_out_on_demand_and_counted(
+    tmp_path: Path, cache: Path, encoder_file: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = write_images(tmp_path / "more", 70, classes=("gnu", *CLASSES))
+    command = ["evaluate", str(encoder_file), "--train", str(world / "train"), "--test", str(more),
+               "--output", str(tmp_path), "--probes", "knn,corruptions", "--set", "corruptions.kinds=fog",
+               "--set", "corruptions.severities=1", "--set", "strengths=1"]  # fmt: skip
+    how: dict[str, Any] = {"train": world / "train", "probes": ("knn",), "workers": 0, "device": "cpu"}
+    with pytest.raises(EvaluationError, match="without any train image: gnu; --drop-unknown-classes leaves"):
+        evaluate(encoder_file, test=more, **how)
+    assert main([*command, "--drop-unknown-classes"]) == 0
+    told = capsys.readouterr().err
+    assert "note: 10 test images of a class that train lacks are left out: gnu (10)" in told
+    results = json.loads((tmp_path / "results.json").read_text())
+    for result in (results["knn"], results["corruptions"], *results["floors"]["untrained"].values()):
+        test = result["protocol"]["test"]
+        assert test["left_out"] == {"gnu": 10} and test["images"] == 60 and result["protocol"]["classes"] == 6
+        assert test["hash"] != load_manifest(more).hash and result["protocol"]["majority_class"] < 17
+    # the same as on a set that never had them
+    clean = write_images(tmp_path / "clean", 70, classes=("gnu", *CLASSES), leave_out="gnu")
+    assert evaluate(encoder_file, test=clean, **how)["knn"]["by_k"] == results["knn"]["by_k"]
+    with pytest.raises(EvaluationError, match="nothing is left"):
+        other = write_images(tmp_path / "other", 12, classes=("gnu", "owl"))
+        evaluate(encoder_file, test=other, drop_unknown_classes=True, **how)
+    with pytest.raises(EvaluationError, match="no train image has a label"):
+        bare = write_images(tmp_path / "bare", 12, labelled=False)
+        evaluate(encoder_file, test=more, drop_unknown_classes=True, **(how | {"train": bare}))
 
 
 def test_images_of_other_bytes_are_not_in_train(
