@@ -45,7 +45,7 @@ from pretrain.probe_config import ProbeConfig
 from pretrain.probe_watch import ProbeWatch
 from pretrain.progress import Progress
 from pretrain.rank_watch import RankWatch
-from pretrain.run_directory import RunDirectory, flatten, launched_rank
+from pretrain.run_directory import RunDirectory, flatten, launched_rank, srun_started
 from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
 from pretrain.vocabulary import vocabulary_of_the_run
@@ -185,7 +185,7 @@ def _trainer(
         "default_root_dir": str(directory.path),
     }
     own["plugins"] = [*_as_list(settings.plugins), CheckpointFiles(writer)]
-    if SLURMEnvironment.detect():
+    if srun_started():
         # Lightning's own requeueing saves inside the signal handler; ours does where all ranks agree (`stop`).
         own["plugins"] += [SLURMEnvironment(auto_requeue=False)]
     try:
@@ -206,7 +206,8 @@ def _trainer(
 
 
 def _lay_out(trainer: Trainer, task: PretrainTask, data: ShardDataModule, stop: StopRequest) -> None:
-    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or trainer.world_size)
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") if srun_started() else None
+    started = int(os.environ.get("WORLD_SIZE") or tasks or trainer.world_size)
     if started != trainer.world_size:
         raise RunError(
             f"{started} processes were started, but trainer.devices and trainer.num_nodes make {trainer.world_size}; "

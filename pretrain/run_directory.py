@@ -152,11 +152,31 @@ class RunDirectory:
 
 
 def launched_rank() -> int:
-    """Rank of this process as its launcher (torchrun, srun, Lightning) says, before there is a process group."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+    """Rank of this process as its launcher (torchrun, srun, Lightning) says, before there is a process group.
+
+    What Lightning or torchrun start within a job has the SLURM_PROCID of the shell or batch script that they were
+    started from, and not its own. Lightning alone, on several nodes, does not say how many processes each has; then
+    only the number of the very first one, 0, is sure to be its rank.
+    """
+    rank, task = _number("RANK"), _number("SLURM_PROCID")
+    local, node = _number("LOCAL_RANK"), _number("NODE_RANK")
+    if rank is not None:
+        return rank
+    if task is not None and local in (None, _number("SLURM_LOCALID")):
+        return task
+    return (local or 0) + (node or 0) * (_number("LOCAL_WORLD_SIZE") or 1)
+
+
+def srun_started() -> bool:
+    """Whether srun has started the ranks: not torchrun within a job, nor Lightning from an interactive shell."""
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_NTASKS" in os.environ and not interactive and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _number(name: str) -> int | None:
+    """Of the environment; None where there is none."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else None
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

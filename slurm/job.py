@@ -74,6 +74,10 @@ class Job:
             value = getattr(self, name)
             if value is not None and (not value or re.search(r"\s", value)):
                 raise SlurmError(f"--{name} {value!r} must be one word")
+        if self.name in ("bash", "interactive"):
+            raise SlurmError(
+                f"--name {self.name} (default: the last part of --output) is what SLURM calls a shell: give another one"
+            )
         for variable in self.environment:
             if not _NAME.fullmatch(variable):
                 raise SlurmError(f"--env {variable!r}: write NAME=VALUE")

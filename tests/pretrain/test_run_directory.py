@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import RunError
-from pretrain.run_directory import RunDirectory
+from pretrain.run_directory import RunDirectory, launched_rank, srun_started
 from tests.pretrain.conftest import pretrain
 
 TRAINS = """
@@ -72,3 +72,32 @@ def test_settings_are_those_of_the_first_step(small: list[str], tmp_path: Path) 
     directory.metrics.write_text("step,train/loss\n")
     assert pretrain(*small, "--output", run, "--trainer.max_steps", 3) == 0
     assert "mask_ratio: 0.75" in (run / "config.yaml").read_text()
+
+
+JOB = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "b16"}
+SHELL = JOB | {"SLURM_JOB_NAME": "bash"}
+TORCHRUN = {"RANK": "9", "LOCAL_RANK": "1", "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.mark.parametrize(
+    ("places", "rank", "by_srun"),
+    [
+        ({}, 0, False),
+        (JOB | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, 5, True),
+        (JOB | {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "LOCAL_RANK": "1"}, 5, True),  # a script that says so itself
+        (SHELL, 0, False),  # srun --pty bash, and what Lightning starts from there
+        (SHELL | {"LOCAL_RANK": "0", "NODE_RANK": "0"}, 0, False),
+        (SHELL | {"LOCAL_RANK": "3", "NODE_RANK": "0"}, 3, False),
+        (JOB | TORCHRUN, 9, False),
+        ({"LOCAL_RANK": "2", "NODE_RANK": "0"}, 2, False),  # Lightning
+        ({"NODE_RANK": "1"}, 1, False),
+    ],
+)
+def test_each_process_knows_its_rank_whoever_started_it(
+    places: dict[str, str], rank: int, by_srun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*JOB, *TORCHRUN, "NODE_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    assert launched_rank() == rank and srun_started() == by_srun

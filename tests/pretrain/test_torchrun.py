@@ -37,7 +37,13 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happe
     ]
     assert pretrain(*command, "--output", whole) == 0
     several = ["--trainer.devices", 2, "--trainer.strategy", strategy, "--output", killed]
-    process = start([*command, *several], [*TORCHRUN, "pretrain.cli"])
+    job = {
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_NAME": "job",
+    }  # not the ranks' own
+    process = start([*command, *several], [*TORCHRUN, "pretrain.cli"], SLURM_STEP_NUM_TASKS="1", **job)
     wait_for(process, killed, 5)
     (second,) = [pid for pid in workers_of(process.pid) if rank(pid) == "LOCAL_RANK=1"]
     os.kill(second, signal.SIGKILL)

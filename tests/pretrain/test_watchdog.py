@@ -44,7 +44,14 @@ def test_a_rank_that_meets_nobody_says_so(images: Path, tmp_path: Path, rank: in
 def test_a_rank_that_is_stuck_ends_the_other_which_says_where_it_waits(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["--trainer.max_steps", 100_000, "--step_timeout", 4, "--data.workers", 0, "--output", run]
-    process = start([*SMALL, *TWO_RANKS, "--data.train", images, "--log_keys", "true", *more])
+    shell = {
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_NAME": "bash",
+    }  # srun --pty bash
+    shell["SLURM_STEP_NUM_TASKS"] = "1"
+    process = start([*SMALL, *TWO_RANKS, "--data.train", images, "--log_keys", "true", *more], **shell)
     wait_for(process, run, 3)
     others = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     (other,) = (int(pid) for pid in others.stdout.split())

@@ -36,6 +36,7 @@ def test_what_is_no_time_limit(limit):
         ({"time": "soon"}, "--time soon"),
         ({"time": "4:00"}, "leaves no time to train"),
         ({"partition": "a b"}, "--partition 'a b' must be one word"),
+        ({"name": "interactive"}, "--name interactive .* is what SLURM calls a shell"),
         ({"account": ""}, "--account '' must be one word"),
         ({"environment": {"A-B": "1"}}, "write NAME=VALUE"),
         ({"sbatch": ["constraint=h100"]}, "must be one option"),
@@ -44,7 +45,7 @@ def test_what_is_no_time_limit(limit):
 )
 def test_what_slurm_could_not_take(settings, message):
     with pytest.raises(SlurmError, match=message):
-        Job("run", **settings)
+        Job(**{"name": "run"} | settings)
 
 
 def options(text: str) -> list[str]:
