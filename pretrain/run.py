@@ -53,19 +53,22 @@ from pretrain.watchdog import Watchdog, launcher_of
 from tasks.task import PretrainTask
 
 
-def pretrain_command(arguments: list[str]) -> int:
-    """`trivit pretrain ...`: exit code 0, or an exception that carries its own."""
+def pretrain_command(arguments: list[str], last: bool = False) -> int:
+    """`trivit pretrain ...`: exit code 0, or an exception that carries its own. `last`: the process ends with it."""
     cli, config = parse(arguments)
-    train(cli, config)
+    train(cli, config, stop=StopRequest(last))
     return 0
 
 
-def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = ()) -> Path:
+def train(
+    cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (), stop: StopRequest | None = None
+) -> Path:
     """Train, or go on training, the run that `config` describes; returns its folder.
 
     Args:
         cli, config: from `pretrain.config.parse`.
         callbacks: further ones, behind the run's own and before those of `trainer.callbacks`.
+        stop: how it is told to stop; None: a new one.
 
     Raises:
         RunError: what the user gave cannot work; nothing was lost.
@@ -74,7 +77,7 @@ def train(cli: PretrainCLI, config: Namespace, callbacks: Sequence[Callback] = (
         Interrupted: a signal came; a checkpoint was written first.
     """
     _quiet()
-    stop = StopRequest()
+    stop = stop or StopRequest()
     check(config)
     fill_in(config)
     directory = RunDirectory(Path(config.output))

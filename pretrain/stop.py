@@ -22,9 +22,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first signal; a second Ctrl-C ends the process at once, for a user who does not want to wait."""
+    """Remembers the first signal; a second Ctrl-C ends the process at once, for a user who does not want to wait.
 
-    def __init__(self) -> None:
+    Args:
+        last: whether the process ends with the run. A scheduler may signal again while it is leaving, which would hide
+            how the run ended; so what comes then is ignored.
+    """
+
+    def __init__(self, last: bool = False) -> None:
+        self.last = last
         self.signum: int | None = None
         self.agreed: int | None = None
         self.timeout: timedelta | None = None  # of collectives; None: torch's own
@@ -41,9 +47,9 @@ class StopRequest:
             signal.signal(signum, self._remember)
 
     def silence(self) -> None:
-        """Put back the handlers that were there before."""
+        """Put back the handlers that were there before; if nothing comes after the run, none but that of Ctrl-C."""
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if self.last and signum != signal.SIGINT else handler)
         self._before.clear()
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ import pytest
 from datamodules.errors import DataError
 from pretrain import cli
 from pretrain.errors import AgreedFailure, Interrupted
-from pretrain.stop import StopRequest
+from pretrain.stop import SIGNALS, StopRequest
 
 
 def test_a_failure_is_raised_where_the_ranks_agree_and_once() -> None:
@@ -31,6 +31,22 @@ def test_a_signal_is_remembered_and_handlers_are_given_back() -> None:
     assert stop.agreed == signal.SIGUSR1
     stop.silence()
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_process_that_ends_with_its_run_is_not_disturbed_while_it_leaves() -> None:
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    stop = StopRequest(last=True)
+    stop.silence()  # training has not begun: a signal does what it does to any program
+    assert {signum: signal.getsignal(signum) for signum in SIGNALS} == before
+    stop.listen()
+    try:
+        stop.silence()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @pytest.mark.parametrize(("rank", "told"), [("0", True), ("1", False)])
