@@ -14,7 +14,8 @@ from evaluation.confusion import confusions
 from evaluation.curves import constant, constant_words, curves, draw_curves
 from evaluation.errors import EvaluationError
 from evaluation.health_words import NUMBERS, loss_words, meaning_for
-from evaluation.probe_lines import probe_rows
+from evaluation.probe_lines import ProbeRow, probe_rows
+from evaluation.probe_tables import ProbeTable, probe_tables
 from evaluation.ranks import one_decimal
 from evaluation.report_compare import run_comparisons
 from evaluation.report_inside import inside_sections
@@ -106,7 +107,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         verdicts=[(run, judge(run), outdated(run), facts(run)) for run in runs],
         scores=score_table(runs),
         compared=run_comparisons(runs),
-        further=[(run, lines) for run in runs if (lines := probe_rows(run.results))],
+        further=[(run, rows, tables) for run, rows, tables in map(_further, runs) if rows or tables],
         attributes=[(run, rows, attribute_sentences(rows)) for run in runs if (rows := attribute_rows(run.results))],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
         health_constants=[f"{same[name]} ({meaning_for(name, runs)})." for name in NUMBERS if name in same],
@@ -128,6 +129,13 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         differences=differences(runs),
         protocols=[(run, protocols(run)) for run in runs],
     )
+
+
+def _further(run: Run) -> tuple[Run, list[ProbeRow], list[ProbeTable]]:
+    """Probes beside kNN and linear: those of one number as rows, the others as tables."""
+    tables = probe_tables(run.results)
+    named = {each.probe for each in tables}
+    return run, [row for row in probe_rows(run.results) if row.name not in named], tables
 
 
 def unique_names(runs: Sequence[Run]) -> list[Run]:

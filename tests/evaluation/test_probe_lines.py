@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.probe_lines import probe_lines
+from evaluation.probe_tables import probe_tables
 from evaluation.report import report
 from tests.evaluation.conftest import make_run
 
@@ -46,6 +47,33 @@ def test_the_report_has_them(world: Path, tmp_path: Path, cache: Path) -> None:
     page = report([run]).read_text()
     assert "Further probes" in page and "CorLoc 30.0% (28.0 to 32.0)" in page
     assert "<small>the untrained encoder mean IoU 41.0%" in page
+    assert "<b>few_shot</b>: Logistic regression" in page and "few_shot</b>: 1: 4.0%" not in page
+    assert '<tr><th scope="row">10% of train</th><td>–</td><td>12.0</td></tr>' in page
+
+
+def test_several_numbers_are_a_table_with_intervals_beside_the_floors() -> None:
+    def found(top1: float) -> dict[str, object]:
+        by = {
+            "1": {"top1": top1, "interval": [top1 - 1, top1 + 1.04], "images": 6},
+            "10%": {"top1": 50.0, "images": 1024},
+        }
+        return {"by_labels": by, "protocol": {"draws": 5}}
+
+    free = {"rankme": 25.04, "uniformity": -2.244, "protocol": {"k": 10}}
+    purity = {"purity": 6.0, "interval": [5, 7.25]}
+    floors = {"raw_pixels": {"few_shot": found(3.0)}, "untrained": {"few_shot": found(5.0), "label_free": free}}
+    few, free_table = probe_tables({"few_shot": found(12.0), "label_free": free | purity, "floors": floors})
+    assert "mean of 5 draws" in few.note
+    assert few.header == ("Labels", "Train images", "These features", "Untrained encoder", "Raw pixels")
+    assert few.rows == [
+        ("1 of each class", "6", "12.0 (11.0 to 13.0)", "5.0 (4.0 to 6.0)", "3.0 (2.0 to 4.0)"),
+        ("10% of train", "1,024", "50.0", "50.0", "50.0"),
+    ]
+    assert free_table.header == ("", "These features", "Untrained encoder")
+    assert [row[1:] for row in free_table.rows] == [("25.0", "25.0"), ("-2.24", "-2.24"), ("6.0 (5.0 to 7.3)", "–")]
+    assert free_table.rows[2][0] == "Neighbours of the same class, % (of 10)"
+    (without,) = probe_tables({"label_free": free})
+    assert len(without.rows) == 2 and "interval" not in without.note
 
 
 @pytest.mark.parametrize("failed", [{}, {"b": "gone"}])
