@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.console import table
 from datamodules.manifest import load_manifest
 from datamodules.open_shards import open_shards
 from datamodules.remote import is_remote
@@ -19,21 +18,20 @@ from evaluation.errors import EvaluationError
 from evaluation.features import Features, Featurizer, Precision, extract, pick_device
 from evaluation.floors import floors as compute_floors
 from evaluation.labels import check_labelled, match_labels
+from evaluation.long_probes import alone_words
 from evaluation.one_folder import with_only_folder
 from evaluation.overlap import shared_images
 from evaluation.probe_lines import probe_lines
-from evaluation.probes import PROBES, ProbeData, ProbeSettings, Result, check_probes
+from evaluation.probes import PROBES, ProbeData, ProbeSettings, check_probes
 from evaluation.protocol import floor_protocol, protocol_of, versions
 from evaluation.ranks import one_decimal
 from evaluation.results_file import merge, results_file, run_of
+from evaluation.score_summary import NAMES, summary
 from evaluation.team import Team
 from evaluation.text_lines import text_summary
 from evaluation.unknown_classes import left_out_words, without_unknown
 from tasks.encoder_config import Pool
 from tasks.encoder_files import checkpoint_hash, load_encoder
-
-NAMES = {"knn": "kNN", "linear": "linear"}
-FLOOR_NAMES = {"untrained": "untrained encoder", "raw_pixels": "raw pixels"}
 
 
 def evaluate(
@@ -116,6 +114,8 @@ def evaluate(
     device = device or pick_device()
     settings = replace(settings or ProbeSettings(), device=device)
     settings.check((*learned, *dense), config.in_chans)
+    if team.size > 1 and progress and (alone := [name for name in (*learned, *dense) if name not in PROBES]):
+        print(alone_words(alone, team.size), file=sys.stderr)
     test_root = open_shards(test)
     train_root = open_shards(train) if train is not None and (learned or dense) else None
     features, floor_cache = (cache_dir / name if cache_dir else None for name in ("features", "floors"))
@@ -210,7 +210,8 @@ def evaluate(
 
             for found in score_on_images(
                 on_images, encoder, train_root, trained, test_root, tested, data, settings, about,
-                measure=measure if floors else None, floor_cache=floor_cache, workers=workers,
+                measure=measure if floors else None, floor_cache=floor_cache, place=place, after=(*dense, *paired),
+                workers=workers,
                 batch_size=batch_size, precision=precision, progress=progress,
             ):  # fmt: skip
                 take(found)
@@ -231,7 +232,7 @@ def evaluate(
         }
         for found in score_dense(
             dense, encoder, train_root, test_root, settings, about, floors=floors, floor_cache=floor_cache,
-            drop_unknown=drop_unknown_classes,
+            drop_unknown=drop_unknown_classes, place=place, after=paired,
             batch_size=batch_size, workers=workers, precision=precision, progress=progress,
         ):  # fmt: skip
             take(found)
@@ -280,35 +281,3 @@ def about_data(features: Features, given: str | os.PathLike[str]) -> dict[str, A
 def shown(given: str | os.PathLike[str]) -> str:
     """A data set in a protocol: its URL, or its whole path."""
     return str(given if is_remote(given) else Path(given).resolve())
-
-
-def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
-    """A few lines for the terminal: the scores, and the floors below them."""
-    probes = [name for name in NAMES if name in results]
-
-    def cell(result: Result) -> str:
-        return one_decimal(result["top1"])
-
-    header = [
-        "top-1, %",
-        *(NAMES[name] + (f" (k={results[name]['protocol']['k']})" if name == "knn" else "") for name in probes),
-    ]
-    rows = [["this encoder", *(f"{cell(results[p])}" for p in probes)]]
-    rows += [
-        [name, *(cell(results["floors"][floor][p]) for p in probes)]
-        for floor, name in FLOOR_NAMES.items()
-        if floor in results.get("floors", {})
-    ]
-    rows.append(["always the largest class", *(one_decimal(shared["majority_class"]) for _ in probes)])
-    half = max((r["interval"][1] - r["interval"][0]) / 2 for r in (results[p] for p in probes))
-    counts = f"{shared['train']['images']:,} train and {shared['test']['images']:,} test images"
-    bad = shared["train"]["bad"] + shared["test"]["bad"]
-    return "\n".join(
-        [
-            "",
-            table(header, rows),
-            "",
-            f"{counts}, {shared['classes']} classes; 95% interval about +-{one_decimal(half)}"
-            + (f"; {bad} unreadable images left out" if bad else ""),
-        ]
-    )

@@ -14,6 +14,7 @@ from evaluation.features import Features
 from evaluation.floors import Measure, untrained_floor
 from evaluation.image_data import ImageData, rows_of
 from evaluation.image_probes import IMAGE_PROBES, score_corruptions, score_localisation, score_segmentation
+from evaluation.long_probes import told_when_stopped
 from evaluation.probes import ProbeData, ProbeSettings, Result
 from evaluation.protocol import floor_protocol, protocol_of
 from tasks.encoders import Encoder
@@ -22,7 +23,7 @@ from tasks.encoders import Encoder
 def score_on_images(
     names: Sequence[str], encoder: Encoder, train: Path, trained: Features, test: Path, tested: Features,
     probed: ProbeData, settings: ProbeSettings, about: Mapping[str, Any], *, measure: Measure | None,
-    floor_cache: Path | None, **how: Any,
+    floor_cache: Path | None, place: Path | None, after: Sequence[str], **how: Any,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Results of `probes.LABELLED_IMAGES` by name, each as soon as it is there: they may take hours.
 
@@ -37,6 +38,8 @@ def score_on_images(
         about: what every protocol says.
         measure: makes the features of another encoder, see `floors`; None: no floors.
         floor_cache: where floors are kept; None: in the user's cache.
+        place: where the caller writes each result; None: nowhere.
+        after: names of probes that come after these.
         how: further fields of ImageData.
     """
     data = ImageData(
@@ -55,12 +58,15 @@ def score_on_images(
             return score_corruptions(of, data, settings, clean.train, clean.test)
 
     hashes = (trained.fingerprint, tested.fingerprint)
-    yield from _scored(names, encoder, score, data, settings, about, hashes if measure else None, floor_cache)
+    yield from _scored(
+        names, encoder, score, data, settings, about, hashes if measure else None, floor_cache, place, after
+    )
 
 
 def score_dense(
     names: Sequence[str], encoder: Encoder, train: Path | None, test: Path, settings: ProbeSettings,
-    about: Mapping[str, Any], *, floors: bool, floor_cache: Path | None, **how: Any,
+    about: Mapping[str, Any], *, floors: bool, floor_cache: Path | None, place: Path | None, after: Sequence[str],
+    **how: Any,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Results of `probes.DENSE_PROBES` one by one, and under "floors" those of the untrained encoder."""
     none = np.zeros(0, np.int64)
@@ -75,22 +81,26 @@ def score_dense(
     hashes = tuple(load_manifest(root).fingerprint for root in (data.train, test)) if floors else None
     if hashes and data.drop_unknown:
         hashes += ("without unknown classes",)
-    yield from _scored(names, encoder, score, data, settings, about, hashes, floor_cache)
+    yield from _scored(names, encoder, score, data, settings, about, hashes, floor_cache, place, after)
 
 
 def _scored(
     names: Sequence[str], encoder: Encoder, score: Callable[[str, Encoder], Result], data: ImageData,
     settings: ProbeSettings, about: Mapping[str, Any], hashes: tuple[str, ...] | None, floor_cache: Path | None,
+    place: Path | None, after: Sequence[str],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Each result, then its floor, from the cache where data of these hashes were scored before; None: no floors."""
-    for name in names:
-        result = score(name, encoder)
+    for number, name in enumerate(names):
+        left = (*names[number:], *after)
+        with told_when_stopped(left, place):
+            result = score(name, encoder)
         yield {name: result | {"protocol": protocol_of(about, result["protocol"])}}
         if hashes is None:
             continue
         # Localisation is one pass over the images, against a table of boxes that may change: it is not kept.
-        under = untrained_floor(
-            name, encoder.config, settings, partial(score, name), data_hashes=hashes, batch_size=data.batch_size,
-            precision=data.precision, cache_dir=floor_cache, keep=name != "localisation",
-        )  # fmt: skip
+        with told_when_stopped(left, place):
+            under = untrained_floor(
+                name, encoder.config, settings, partial(score, name), data_hashes=hashes, batch_size=data.batch_size,
+                precision=data.precision, cache_dir=floor_cache, keep=name != "localisation",
+            )  # fmt: skip
         yield {"floors": {"untrained": {name: under | {"protocol": floor_protocol(about, under["protocol"])}}}}

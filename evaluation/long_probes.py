@@ -1,0 +1,32 @@
+"""What probes that take hours cannot do: be shared among processes, and go on in the middle of one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def alone_words(names: Sequence[str], processes: int) -> str:
+    """What is said when several processes were started for probes that one of them does."""
+    many = len(names) > 1
+    return (
+        f"note: {', '.join(names)} run{'' if many else 's'} in the first of the {processes} processes: the others help "
+        f"with features alone and then wait. One process takes as long for {'them' if many else 'it'}"
+    )
+
+
+@contextmanager
+def told_when_stopped(left: Sequence[str], place: Path | None) -> Iterator[None]:
+    """Ctrl-C while the first of these probes is at work: KeyboardInterrupt says how to go on.
+
+    Args:
+        left: probes that are not done.
+        place: the results.json that has what was done before; None: it was not kept.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        kept = f"what was scored before is in {place}" if place else "nothing was kept, since there is no --output"
+        raise KeyboardInterrupt(
+            f"interrupted in {left[0]}, which cannot go on in the middle; {kept}. Go on with "
+            f"--probes {','.join(left)}: features and finished floors are not made again"
+        ) from stop
