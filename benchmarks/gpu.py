@@ -213,7 +213,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "benchmarks.gpu: no GPU that torch can use; make bench runs on the CPU\n")
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")  # as a run does
     results: list[Result] = []
     for setting in SETTINGS[arguments.objective]:
         results += measure(setting, "cuda", arguments.rounds, arguments.steps)

@@ -77,6 +77,10 @@ class PretrainCLI(LightningCLI):
         parser.add_argument("--log_every", type=int, default=10, help="optimiser steps between rows of metrics.csv")
         parser.add_argument("--log_keys", type=bool, default=False, help="write each step's samples to samples.jsonl")
         parser.add_argument(
+            "--float32_matmul", type=Literal["highest", "high", "medium"], default="high",
+            help="float32 matrix products on GPUs: high is TF32, as the authors' PyTorch had it; highest all 24 bits",
+        )  # fmt: skip
+        parser.add_argument(
             "--start_timeout", type=int, default=300, help="seconds in which the ranks of a run must have met"
         )
         parser.add_argument(

@@ -104,6 +104,8 @@ def train(
         stop.timeout = watchdog.outlasted_by
         trainer, progress = _trainer(config, parts.trainer, directory, stop, (watchdog, *callbacks))
         progress.metrics.peak = peak
+        if trainer.strategy.root_device.type == "cuda":  # on a CPU it would mean other things
+            torch.set_float32_matmul_precision(config.float32_matmul)
         _lay_out(trainer, task, data, stop)
 
         resolved = plain(config)

@@ -145,6 +145,8 @@ def test_a_lost_node_and_a_killed_rank(slurm: dict[str, str], images: Path, tmp_
     wait(slurm, job, "RUNNING")
     log = run / "slurm" / f"{job}.out"
     reach(slurm, job, run, max(samples(run)) + 60)
+    resumed = re.findall(rf"resuming {run} at step (\d+) of 100000", log.read_text())
+    assert resumed and int(resumed[-1]) >= 50, log.read_text()  # its ranks live on and may have saved when they left
     os.kill(ranks(run)[0], signal.SIGKILL)
     wait(slurm, job, "PENDING")
     assert "after a new checkpoint: queued again" in log.read_text()
