@@ -1,44 +1,67 @@
-"""Where the ranks of a run under torchrun meet, also after a restart.
+"""Where the ranks of a run meet that torchrun or srun has started, also after a restart.
 
 torchrun's agent keeps one store for all its restarts, and in it lie the addresses of ranks that are gone: a rank that
 comes early would find them and call there in vain. So each round of ranks gets a corner of the store for itself.
 """
 
+import contextlib
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+from pretrain.errors import RunFailure
 
 PAUSE = 0.05  # seconds
 
 
-def meet(device: torch.device, timeout: timedelta, backend: str | None = None) -> None:
-    """Collective: the process group of this round of ranks; nothing where no agent of torchrun serves a store.
+def meet(strategy: Any, timeout: timedelta) -> bool:
+    """Collective: the process group of the ranks; False where Lightning starts them and makes it, or one is alone.
 
     Waits for ever, until `Watchdog` ends it.
 
     Args:
-        device: of this rank.
+        strategy: the trainer's.
         timeout: of collectives; longer than the watchdog's.
-        backend: None: NCCL on a GPU, gloo elsewhere.
     """
-    place = os.environ
-    if place.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
-        return
-    rank, world = int(place["RANK"]), int(place["WORLD_SIZE"])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        place["MASTER_ADDR"], int(place["MASTER_PORT"]), world, is_master=False, timeout=timeout
-    )
+    place: Any = getattr(strategy, "cluster_environment", None)
+    if place is None or isinstance(place, LightningEnvironment) or dist.is_initialized():
+        return False
+    rank, world = place.global_rank(), place.world_size()
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.main_address, str(place.main_port)
+    device, store = strategy.root_device, None
     on_gpu = device.type == "cuda"
-    own = dist.PrefixStore(agree_on_round(store, rank, world), store)  # type: ignore[attr-defined]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        agent = dist.TCPStore(  # type: ignore[attr-defined]
+            place.main_address, place.main_port, world, is_master=False, timeout=timeout
+        )
+        store = dist.PrefixStore(agree_on_round(agent, rank, world), agent)  # type: ignore[attr-defined]
     dist.init_process_group(
-        backend or ("nccl" if on_gpu else "gloo"), store=own, rank=rank, world_size=world,
-        timeout=timeout, device_id=device if on_gpu else None,
+        getattr(strategy, "process_group_backend", None) or ("nccl" if on_gpu else "gloo"), store=store, rank=rank,
+        world_size=world, timeout=timeout, device_id=device if on_gpu else None,
     )  # fmt: skip
+    return True
+
+
+@contextlib.contextmanager
+def gone_ranks_told(world_size: int) -> Iterator[None]:
+    """A collective that another rank has broken off by its end becomes a RunFailure."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo and NCCL say so in their own words.
+        gone = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+        if world_size == 1 or not gone:
+            raise
+        raise RunFailure(
+            f"another rank ended, what it said tells why ({str(error).splitlines()[0][:200]}); the same command "
+            "goes on from the last checkpoint"
+        ) from error
 
 
 def agree_on_round(store: Any, rank: int, world: int) -> str:

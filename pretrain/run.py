@@ -21,7 +21,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from torch import distributed
 
 from datamodules.manifest import SKIPPED
 from datamodules.shard_datamodule import ShardDataModule
@@ -32,13 +31,14 @@ from pretrain.checkpoints import Checkpoints
 from pretrain.checks import check, check_parts, check_sizes, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
 from pretrain.cost import peak_rate
-from pretrain.errors import Interrupted, RunError, RunFailure
+from pretrain.errors import Interrupted, RunError
 from pretrain.fsdp import NAME as FSDP2
 from pretrain.fsdp import FSDP2Strategy
 from pretrain.guard import FiniteGuard
 from pretrain.health_watch import HealthWatch
 from pretrain.key_log import KeyLog
-from pretrain.meet import meet
+from pretrain.late_files import newest_checkpoint, wait_for_data
+from pretrain.meet import gone_ranks_told, meet
 from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
 from pretrain.probe_config import ProbeConfig
@@ -80,8 +80,11 @@ def train(
     stop = stop or StopRequest()
     check(config)
     fill_in(config)
+    wait_for_data(config.data.train)
     directory = RunDirectory(Path(config.output))
     directory.claim()
+    watchdog = Watchdog(config.start_timeout, config.step_timeout)
+    stop.timeout = watchdog.outlasted_by
     try:
         # With fsdp2 the first rank alone builds the model in full; the others get their rows of it.
         hollow = config.trainer.strategy == FSDP2 and launched_rank() > 0
@@ -100,8 +103,6 @@ def train(
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
-        watchdog = Watchdog(config.start_timeout, config.step_timeout)
-        stop.timeout = watchdog.outlasted_by
         trainer, progress = _trainer(config, parts.trainer, directory, stop, (watchdog, *callbacks))
         progress.metrics.peak = peak
         if trainer.strategy.root_device.type == "cuda":  # on a CPU it would mean other things
@@ -113,7 +114,10 @@ def train(
             resolved["trainer"]["max_steps"] = -1  # the length is said once, so that config.yaml is itself a config
         if directory.config.exists() and directory.has_trained():
             directory.check_same_run(resolved, config.allow_changes)
-        found = directory.checkpoint()
+        with gone_ranks_told(trainer.world_size):
+            watchdog.watch(trainer.global_rank, trainer.world_size, launcher_of(trainer))
+            together = meet(trainer.strategy, watchdog.outlasted_by)
+            found = newest_checkpoint(directory, stop, together)
         data.allow_changes = config.allow_changes
         checkpoint, saved, damaged = found if found is not None else (None, {}, [])
         if checkpoint is not None:
@@ -135,27 +139,18 @@ def train(
         if done is not None:
             print(f"resuming {directory.path} at step {done} of {trainer.max_steps}")
         try:
-            watchdog.watch(trainer.global_rank, trainer.world_size, launcher_of(trainer))
-            backend = getattr(trainer.strategy, "process_group_backend", None)
-            meet(trainer.strategy.root_device, watchdog.outlasted_by, backend)
-            trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            with gone_ranks_told(trainer.world_size):
+                trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has made an exit code 1 of it
                 raise KeyboardInterrupt from error
             raise
-        except RuntimeError as error:
-            if trainer.world_size == 1 or not _another_rank_is_gone(error):
-                raise
-            raise RunFailure(
-                f"another rank ended, what it said tells why ({str(error).splitlines()[0][:200]}); the same command "
-                "goes on from the last checkpoint"
-            ) from error
         finally:
-            watchdog.rest()
             progress.close()
         _say_how_it_ended(trainer, stop, directory, data)
         return directory.path
     finally:
+        watchdog.rest()
         stop.silence()
         directory.release()
 
@@ -262,11 +257,6 @@ def _wandb(config: Namespace, directory: RunDirectory) -> Logger | None:
     except (wandb.errors.Error, ValueError) as error:
         raise RunError(f"wandb: {error}; log in with `wandb login`, or use --wandb offline") from error
     return logger
-
-
-def _another_rank_is_gone(error: RuntimeError) -> bool:
-    """Whether a collective was broken off by the other side; gloo and NCCL say so in their own words."""
-    return isinstance(error, distributed.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
 def _say_how_it_ended(trainer: Trainer, stop: StopRequest, directory: RunDirectory, data: ShardDataModule) -> None:

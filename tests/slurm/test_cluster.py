@@ -158,7 +158,9 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_reason(
 ) -> None:  # fmt: skip
     """The second node lacks the data; the first rank waits for it in vain, and SLURM ends it for that."""
     run, missing, program = tmp_path / "run", tmp_path / "missing", tmp_path / "trivit"
-    program.write_text(f'#!/bin/bash\n[ $SLURM_PROCID = 0 ] || more="--data.train {missing}"\n{PROGRAM} "$@" $more\n')
+    hasty = "import sys; from pretrain import cli, late_files; late_files.PATIENCE = 1; sys.exit(cli.main())"
+    second = f'exec {sys.executable} -c "{hasty}" "$@" --data.train {missing}'
+    program.write_text(f'#!/bin/bash\n[ $SLURM_PROCID = 0 ] || {second}\n{PROGRAM} "$@"\n')
     program.chmod(0o755)
     script = run / "slurm/pretrain.sbatch"
     script.parent.mkdir(parents=True)
@@ -170,6 +172,7 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_reason(
     wait(slurm, number, "FAILED")
     log = (run / "slurm" / f"{number}.out").read_text()
     assert f"trivit: rank 1 on n2: {missing}" in log and re.search(r"n1: task 0: (Killed|Terminated)", log), log
+    assert f"{missing} is not there; a network disk may show it late, waiting up to 1 s" in log
     assert "the first rank to end was n2: task 1: Exited with exit code 2" in log
     assert log.splitlines()[-1].endswith("the settings are wrong, see above: not queued again"), log
 
