@@ -42,7 +42,12 @@ def test_steps_of_both_sides(objective: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_whole_program_from_tars(device: str) -> None:
     crop = ("--data.recipe.crop_size", "64", "--data.workers", "0", "--model.warmup_steps", "1")
-    result = end_to_end(TINY["mae"], device, steps=12, samples=64, options=crop)
+    before = torch.get_float32_matmul_precision()
+    try:
+        result = end_to_end(TINY["mae"], device, steps=12, samples=64, options=(*crop, "--float32_matmul", "medium"))
+        assert torch.get_float32_matmul_precision() == (before if device == "cpu" else "medium")
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert result.images_per_second > 0
     assert result.shares and sum(result.shares.values()) == pytest.approx(1)
     plain = result.__class__("MAE", "plain PyTorch, AMP", 1.0, 4000.0, None, None)
