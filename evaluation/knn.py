@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluation.errors import EvaluationError
+from evaluation.progress import progress_bar
 from evaluation.ranks import rank_of_truth
 
 KS = (10, 20, 100, 200)
@@ -36,7 +37,7 @@ def unit(x: Floats) -> Floats:
     return np.asarray(x / np.maximum(norm, 1e-12), dtype=np.float32)
 
 
-def nearest(train: Floats, test: Floats, k: int, device: str = "cpu") -> tuple[Floats, Ints]:
+def nearest(train: Floats, test: Floats, k: int, device: str = "cpu", progress: bool = False) -> tuple[Floats, Ints]:
     """The k train rows of highest cosine similarity for each test row, best first; equal ones by their index.
 
     train [n d], test [t d] -> similarity [t k], index [t k]. Exact inner products (faiss on the CPU, torch elsewhere),
@@ -52,16 +53,18 @@ def nearest(train: Floats, test: Floats, k: int, device: str = "cpu") -> tuple[F
     rows = max(1, TRAIN_BLOCK_BYTES // (4 * train.shape[1]))
     similarity = np.full((len(test), k), -np.inf, dtype=np.float32)
     index = np.zeros((len(test), k), dtype=np.int64)
-    for start in range(0, len(train), rows):
-        block = unit(train[start : start + rows])
-        for first in range(0, len(test), TEST_BLOCK):
-            chosen = slice(first, first + TEST_BLOCK)
-            near, where = search(unit(test[chosen]), block, min(k, len(block)))
-            near = np.concatenate([similarity[chosen], near], axis=1)
-            where = np.concatenate([index[chosen], where + start], axis=1)
-            best = np.lexsort((where, -near), axis=1)[:, :k]
-            similarity[chosen] = np.take_along_axis(near, best, axis=1)
-            index[chosen] = np.take_along_axis(where, best, axis=1)
+    with progress_bar(-(-len(train) // rows) * len(test), "search", "neighbours", progress) as bar:
+        for start in range(0, len(train), rows):
+            block = unit(train[start : start + rows])
+            for first in range(0, len(test), TEST_BLOCK):
+                chosen = slice(first, first + TEST_BLOCK)
+                near, where = search(unit(test[chosen]), block, min(k, len(block)))
+                near = np.concatenate([similarity[chosen], near], axis=1)
+                where = np.concatenate([index[chosen], where + start], axis=1)
+                best = np.lexsort((where, -near), axis=1)[:, :k]
+                similarity[chosen] = np.take_along_axis(near, best, axis=1)
+                index[chosen] = np.take_along_axis(where, best, axis=1)
+                bar.update(len(near))
     return similarity, index
 
 
@@ -109,12 +112,13 @@ def knn_ranks(
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
     device: str = "cpu",
+    progress: bool = False,
 ) -> dict[int, Ints]:
     """Rank of the true class among the votes, for each k: {k: [t]}; top-1 is the share of rank 0, top-5 of rank < 5.
 
     One search for the largest k serves all. Raises EvaluationError as `nearest` does.
     """
-    similarity, index = nearest(train, test, max(ks), device)
+    similarity, index = nearest(train, test, max(ks), device, progress)
     label = np.asarray(train_label)[index]
     ranks = {k: np.empty(len(test), dtype=np.int64) for k in ks}
     for first in range(0, len(test), VOTE_BLOCK):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from evaluation.errors import EvaluationError
 from evaluation.lbfgs import Minimum, minimise
+from evaluation.progress import progress_bar
 from evaluation.ranks import rank_of_truth
 
 STRENGTHS = tuple(float(f"{10 ** (e / 2):.3g}") for e in range(2, -15, -1))  # 10 ... 1e-7, half a decade apart
@@ -166,6 +167,7 @@ def linear_probe(
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
     device: str = "cpu",
+    progress: bool = False,
 ) -> LinearProbe:
     """Chooses the strength on a stratified tenth of train, then fits all of train and ranks the test classes.
 
@@ -186,17 +188,21 @@ def linear_probe(
     part = LogisticRegression(table, classes, 0, fitted)
     held_out: dict[float, float] = {}
     weight, best, lowest, worse = None, strengths[0], np.inf, 0
-    for strength in sorted(strengths, reverse=True):
-        weight = part.fit(strength, weight, tolerance=SEARCH_TOLERANCE).point
-        accuracy, loss = _held_out_scores(table, fitted, weight)
-        held_out[strength] = accuracy
-        better = accuracy > held_out.get(best, -1.0) or len(held_out) == 1
-        # Accuracy alone would stop on the noisy plateau of the strongest penalties, which have learnt nothing yet.
-        worse = 0 if better or loss < lowest else worse + 1
-        best, lowest = strength if better else best, min(lowest, loss)
-        if worse == PATIENCE:
-            break
-    fit = LogisticRegression(table, classes).fit(best)
+    with progress_bar(len(strengths) + 1, "fit", "linear probe", progress) as bar:
+        for strength in sorted(strengths, reverse=True):
+            weight = part.fit(strength, weight, tolerance=SEARCH_TOLERANCE).point
+            accuracy, loss = _held_out_scores(table, fitted, weight)
+            held_out[strength] = accuracy
+            bar.update()
+            better = accuracy > held_out.get(best, -1.0) or len(held_out) == 1
+            # Accuracy alone would stop on the noisy plateau of the strongest penalties, which have learnt nothing yet.
+            worse = 0 if better or loss < lowest else worse + 1
+            best, lowest = strength if better else best, min(lowest, loss)
+            if worse == PATIENCE:
+                break
+        bar.update(len(strengths) - len(held_out))  # those that are not needed
+        fit = LogisticRegression(table, classes).fit(best)
+        bar.update()
     rank = np.empty(len(test), dtype=np.int64)
     for start in range(0, len(test), BLOCK):
         chosen = slice(start, start + BLOCK)

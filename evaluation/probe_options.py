@@ -9,7 +9,7 @@ import yaml
 from evaluation.errors import EvaluationError
 from evaluation.probes import ProbeSettings
 
-NOT_SETTINGS = ("device",)
+NOT_SETTINGS = ("device", "progress")
 Config = TypeVar("Config")
 
 

@@ -60,6 +60,7 @@ class ProbeSettings:
     segmentation: Segmentation = field(default_factory=Segmentation, repr=False)
     localisation: Localisation = field(default_factory=Localisation, repr=False)
     device: str = "cpu"
+    progress: bool = field(default=False, repr=False)  # of which no number depends
 
     def check(self, names: Sequence[str], channels: int) -> None:
         """EvaluationError for a setting of one of these probes that cannot work, before any of them has begun."""
@@ -97,6 +98,7 @@ def score_knn(data: ProbeData, settings: ProbeSettings) -> Result:
     ranks = knn.knn_ranks(
         data.train, data.train_label, data.test, data.test_label,
         classes=data.classes, ks=ks, temperature=settings.temperature, device=settings.device,
+        progress=settings.progress,
     )  # fmt: skip
     main = 20 if 20 in ks else ks[-1]
     protocol = {"k": main, "ks": ks, "temperature": settings.temperature, "similarity": "cosine, exact"}
@@ -109,6 +111,7 @@ def score_linear(data: ProbeData, settings: ProbeSettings) -> Result:
     probe = linear.linear_probe(
         data.train, data.train_label, data.test, data.test_label,
         classes=data.classes, strengths=settings.strengths, seed=settings.seed, device=settings.device,
+        progress=settings.progress,
     )  # fmt: skip
     protocol = {
         "objective": "mean cross-entropy + strength / 2 * |W|^2 on standardised features, full batch L-BFGS",
@@ -150,7 +153,7 @@ def score_few_shot(data: ProbeData, settings: ProbeSettings) -> Result:
     config = settings.few_shot
     found = few_shot(
         data.train, data.train_label, data.test, data.test_label,
-        classes=data.classes, config=config, seed=settings.seed, device=settings.device,
+        classes=data.classes, config=config, seed=settings.seed, device=settings.device, progress=settings.progress,
     )  # fmt: skip
     main = str(max(config.shots)) if config.shots else f"{100 * max(config.shares):g}%"
     protocol = {

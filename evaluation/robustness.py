@@ -69,7 +69,7 @@ def robustness(
     config.check(about.in_chans)
     probe = linear_probe(
         train, data.train_label, test, data.test_label, classes=data.classes, strengths=strengths, seed=seed,
-        device=data.device,
+        device=data.device, progress=data.progress,
     )  # fmt: skip
     scaler, weight = Scaler.of(train), probe.fit.point
     encoder = encoder.to(data.device).eval()

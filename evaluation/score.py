@@ -95,7 +95,8 @@ def evaluate(
         EvaluationError, TaskError, DataError: one line, for what the user can repair.
     """
     learned, dense, paired = check_probes(probes)
-    if train is None:
+    train_given = train is not None
+    if not train_given:
         learners = [name for name in (*learned, *dense) if name not in ("localisation", "label_free")]
         if learners:
             learn = "learns" if len(learners) == 1 else "learn"
@@ -112,7 +113,7 @@ def evaluate(
         )
     encoder.config = config = replace(encoder.config, pool=pool or encoder.config.pool)
     device = device or pick_device()
-    settings = replace(settings or ProbeSettings(), device=device)
+    settings = replace(settings or ProbeSettings(), device=device, progress=progress)
     settings.check((*learned, *dense), config.in_chans)
     if team.size > 1 and progress and (alone := [name for name in (*learned, *dense) if name not in PROBES]):
         print(alone_words(alone, team.size), file=sys.stderr)
@@ -183,6 +184,8 @@ def evaluate(
             "test": about_data(tested, test) | ({"left_out": left_out} if left_out else {}),
             "classes": data.classes,
         }
+        if not train_given:
+            about["looked_at"] = "the test images, since there was no --train"
         if data.classes:
             largest = np.bincount(data.train_label).argmax()
             about["majority_class"] = 100 * float(np.mean(data.test_label == largest))

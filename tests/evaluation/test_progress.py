@@ -1,11 +1,15 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tqdm import tqdm
 
 from evaluation import progress
 from evaluation.features import extract
+from evaluation.few_shot import FewShot
+from evaluation.probes import PROBES, ProbeData, ProbeSettings
 from evaluation.progress import Lines, progress_bar
 from tasks.encoder_files import load_encoder
 
@@ -44,6 +48,22 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with progress_bar(10, "img", "features") as bar:
         assert isinstance(bar, tqdm) and not bar.disable
+
+
+def test_neighbours_and_fits_are_told_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    x, label = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32), np.arange(60) % 3
+    data = ProbeData(x, label, x[:12], label[:12], 3)
+    quiet = ProbeSettings(ks=(5,), strengths=(1.0, 0.1), few_shot=FewShot(shots=(1,), shares=(), draws=2))
+    for settings in (quiet, replace(quiet, progress=True)):
+        for probe, words in (("knn", "neighbours: 100%, 12 of 12"), ("linear", "linear probe: 100%, 3 of 3 fit"),
+                             ("few_shot", "few_shot: 100%, 2 of 2 fit")):  # fmt: skip
+            PROBES[probe](data, settings)
+            told = capsys.readouterr().err
+            assert words in told if settings.progress else told == ""
+    assert repr(quiet) == repr(settings), "floors in the cache do not depend on it"
 
 
 def test_features_are_told_in_a_log(

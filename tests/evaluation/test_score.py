@@ -117,6 +117,8 @@ def test_label_free_needs_neither_labels_nor_train(
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["label_free"]["rankme"] > 1 and "purity" not in found["label_free"]
     assert found["label_free"]["protocol"]["train"]["images"] == 40
+    for each in (found, *found["floors"].values()):
+        assert each["label_free"]["protocol"]["looked_at"].startswith("the test images")
     said = capsys.readouterr()
     assert "no purity, which needs labels" in said.out and "raw pixels RankMe" in said.out and "same" not in said.err
     assert main([*command, "--probes", "label_free,knn"]) == 2
