@@ -106,6 +106,7 @@ def score_segmentation(encoder: Encoder, train: Path, test: Path, data: ImageDat
         "optimizer": "AdamW, warm-up and linear decay; half of the images mirrored",
         **asdict(settings.segmentation),
         "warmup_steps": settings.segmentation.warmup,
+        **found.pop("learned"),
         "classes": len(found["per_class"]),
         "scored": f"centre crop of {encoder.config.image_size} px, masks resized to it",
         "ignored": "class 255" + (" and those left out" if "left_out" in found else ""),

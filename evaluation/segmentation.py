@@ -64,8 +64,9 @@ class Segmentation:
 
 
 def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, config: Segmentation, seed: int) -> Any:
-    """{"miou", "interval", "pixel_accuracy", "per_class", "majority_miou", "images"} in percent.
+    """{"miou", "interval", "pixel_accuracy", "per_class", "majority_miou", "images"} in percent, and "learned".
 
+    "learned" has the steps taken and the images seen: those without a mask are passed over, and so is a batch of them.
     With `data.drop_unknown` also "left_out": in how many test masks each class is that train lacks; these pixels count
     as 255 does.
 
@@ -95,6 +96,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
         head = nn.Sequential(nn.BatchNorm2d(encoder.width), nn.Conv2d(encoder.width, classes, 1)).to(data.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.rate, weight_decay=config.weight_decay)
     on_accelerator = data.device.startswith("cuda")
+    learned = {"steps": 0, "images_seen": 0}  # fewer than asked for where images have no masks
     with progress_bar(config.steps, "step", "segmentation", data.progress) as bar:
         for step, batch in enumerate(learn.batches(config.steps, data.workers, on_accelerator)):
             mask = batch["mask"].to(data.device)
@@ -106,11 +108,14 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
             for group in optimizer.param_groups:
                 group["lr"] = config.rate * warm * (1 - step / config.steps)
             optimizer.step()
+            learned = {"steps": step + 1, "images_seen": learned["images_seen"] + len(mask)}
             bar.update()
             if (step % 100 == 0 or step == config.steps - 1) and not torch.isfinite(loss):
                 raise EvaluationError(
                     f"segmentation: the loss is not finite at step {step}: the encoder has diverged, or lower the rate"
                 )
+    if not learned["steps"]:
+        raise EvaluationError("segmentation: no train image has a mask of its size")
     head.eval()
     found: list[Doubles] = []
     with torch.no_grad():
@@ -124,7 +129,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
     counts = np.stack(found)
     if not counts.any():
         raise EvaluationError("segmentation: no pixel of test has a class of train")
-    return iou_result(counts, seed) | ({"left_out": unknown} if unknown else {})
+    return iou_result(counts, seed) | {"learned": learned} | ({"left_out": unknown} if unknown else {})
 
 
 def _logits(head: nn.Module, patches: Tensor, encoder: Encoder, mask: Tensor) -> Tensor:

@@ -83,8 +83,25 @@ def test_a_linear_layer_finds_bright_patches_and_repeats(masked: Path) -> None:
     assert found["miou"] > found["majority_miou"] + 20 and found["images"] == 30
     assert found["interval"][0] < found["miou"] < found["interval"][1]
     assert len(found["per_class"]) == 2 and found["miou"] == pytest.approx(np.mean(found["per_class"]))
+    assert found["learned"] == {"steps": 60, "images_seen": 600}
     again = segmentation(encoder_of(), masked / "train", masked / "test", data_of(masked / "test"), config, seed=0)
     assert again == found
+
+
+def test_images_without_masks_are_not_counted_as_learned(tmp_path: Path) -> None:
+    pixels, mask = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)
+    mask[:8] = 1
+    for name, rows in (("half", slice(0, 16)), ("other", slice(4, 12))):
+        with ShardWriter(tmp_path / name, samples_per_shard=20) as writer:
+            for i in range(12):
+                given = {"mask.png": png(mask[rows])} if i % 2 else {}
+                writer.write(f"{i:04d}", {"png": png(pixels), **given})
+    few = Segmentation(steps=3, batch_size=12)
+    half = tmp_path / "half"
+    found = segmentation(encoder_of(), half, half, data_of(half), few, 0)
+    assert found["learned"] == {"steps": 3, "images_seen": 18} and found["images"] == 6
+    with pytest.raises(EvaluationError, match="no train image has a mask of its size"):
+        segmentation(encoder_of(), tmp_path / "other", half, data_of(half), few, 0)
 
 
 def test_a_class_in_a_single_mask_is_known_before_anything_is_learned(
