@@ -120,7 +120,9 @@ def checkpoint_path(source: str | Path) -> Path:
         if not path.exists() and (state := path.with_name("non_finite.ckpt")).exists():
             raise TaskError(f"{source} ended with NaN before its first checkpoint; {state} is its state just before")
         if not path.exists():
-            raise TaskError(f"{source} is no finished or running trivit run: it has no checkpoints/last.ckpt")
+            before = path.with_name("previous.ckpt")
+            left = f"; the one before is {before}" if before.exists() else ""
+            raise TaskError(f"{source} is no finished or running trivit run: it has no checkpoints/last.ckpt{left}")
     if not path.exists():
         raise TaskError(f"no such checkpoint: {source}")
     return path

@@ -17,7 +17,7 @@ from pretrain import checkpoint_files
 from pretrain.checkpoint_files import LAST, PART, PREVIOUS, damage, find_checkpoint, put_in_place, remove
 from pretrain.checkpoints import read_checkpoint as read_run_checkpoint
 from pretrain.errors import RunError
-from tasks.encoder_files import read_checkpoint
+from tasks.encoder_files import checkpoint_path, read_checkpoint
 from tasks.errors import TaskError
 from tasks.sharded_files import ABOUT, read_sharded, save_about, save_flushed, save_shard, shard_name, whole
 from tests.pretrain.conftest import pretrain
@@ -305,6 +305,13 @@ def test_a_failed_save_names_the_checkpoint_that_is_left_whatever_it_is_called(
 
 
 def test_what_cannot_be_read_is_not_all_there_is(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with pytest.raises(TaskError, match=r"it has no checkpoints/last.ckpt$"):
+        checkpoint_path(tmp_path / "run")
+    write(checkpoints / PREVIOUS, 1, "file")
+    with pytest.raises(TaskError, match=r"it has no checkpoints/last.ckpt; the one before is .*previous.ckpt$"):
+        checkpoint_path(tmp_path / "run")
     for name in (LAST, PREVIOUS):
         save_flushed({"weights": 1}, tmp_path / name)
     with pytest.raises(RunError, match=r"last.ckpt cannot be read .KeyError.; remove it to go on from .*previous.ckpt"):

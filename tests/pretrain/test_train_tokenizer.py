@@ -37,6 +37,11 @@ def test_learned_trained_with_and_resumed_without_the_file(
     tokenizer._read.cache_clear()  # as in a new process
     assert pretrain(*command, *options, "--trainer.max_steps", 4) == 0
     assert load_clip(tmp_path / "run").text.tokenizer.json == content
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    tokenizer._read.cache_clear()
+    assert pretrain(*command, *options, "--trainer.max_steps", 4) == 0, "previous.ckpt has it, too"
+    assert load_clip(tmp_path / "run").text.tokenizer.json == content
 
     begun = [*SMALL, "--data.train", drawn, "--output", tmp_path / "next", "--model.init_checkpoint", tmp_path / "run"]
     assert pretrain(*begun, *options) == 0
