@@ -23,18 +23,21 @@ class Alarm:
         self.said = ""
         self._own = ""
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="alarm", daemon=True)
 
     def listen(self) -> None:
         """Begin; the ranks have met."""
-        threading.Thread(target=self._serve, name="alarm", daemon=True).start()
+        self._thread.start()
 
     def ring(self, text: str) -> None:
         """Call it out; does not wait until it has been heard, nor even sent."""
         self._own = text
 
     def rest(self) -> None:
-        """Nobody needs to be heard any more."""
+        """Nobody needs to be heard any more. Python must not end while the thread is inside torch: that aborts it."""
         self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * PAUSE)
 
     def _serve(self) -> None:
         try:

@@ -42,6 +42,7 @@ class Watchdog(Callback):
         self._beat = time.monotonic()
         self._over = threading.Event()
         self._alarm = Alarm()
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
     @property
     def outlasted_by(self) -> timedelta:
@@ -54,17 +55,19 @@ class Watchdog(Callback):
             self._launcher = launcher
             self._rank = f"rank {rank} of {world_size} on {platform.node()}"
             self._beat = time.monotonic()
-            threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+            self._thread.start()
 
     def rest(self) -> None:
         """The run is over, however it ended."""
         self._over.set()
         self._alarm.rest()
+        if self._thread.is_alive():
+            self._thread.join(_LOOK)  # or it would end this process some time later, see below
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The ranks have met."""
         self._begun, self._beat = True, time.monotonic()
-        if distributed.is_initialized():
+        if self._thread.is_alive():
             self._alarm.listen()
 
     def on_train_batch_end(

@@ -135,3 +135,4 @@ def test_a_run_of_one_rank_is_not_watched() -> None:
     watched.watch(0, 2)
     assert threading.active_count() == before + 1
     watched.rest()
+    assert threading.active_count() == before
