@@ -162,7 +162,7 @@ def _dino(run: Run) -> Health:
     course = run.metrics["train/prototypes_used"][-ROWS:]
     in_use = f"{used:,.{1 if used < 10 else 0}f} of {k:,} prototypes are in use"
     done = step >= early
-    images = newest(run, "train/micro_batch")
+    images = _compared(run)
     if done and spread < 0.05 and images >= 2:
         return _ill("one point", f"The features of all images point the same way (standard deviation {spread:.3f}).")
     if done and entropy <= 0.997 * most and entropy + kl > 0.985 * most and kl < 0.02 * most:
@@ -215,6 +215,14 @@ def _collapsed(run: Run, done: bool, images: float, *, patches: bool = False) ->
         text = f"The teacher finds all {k:,} prototypes alike for every {what}: its entropy is {entropy:.3f}, ln(K) is"
         return _ill("uniform", f"{text} {most:.3f}.")
     return None
+
+
+def _compared(run: Run) -> float:
+    """Images of a micro-batch on one device; runs that did not log it had as many as were asked for, at most."""
+    found = newest(run, "train/micro_batch")
+    if math.isfinite(found):
+        return found
+    return float(min(run.get(f"data.{name}_batch_size") or 64 for name in ("device", "global")))
 
 
 def _lowest(values: Column) -> float:

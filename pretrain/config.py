@@ -1,8 +1,8 @@
 """Configuration: YAML and command line into one checked whole (LightningCLI, jsonargparse).
 
 Top level: `seed`, `epochs`, `output`, `checkpoint_every`, `checkpoint_async`, `log_every`, `log_keys`,
-`start_timeout`, `step_timeout`, `wandb`, `probe`, `allow_changes`; then `model` (a task of `tasks/`), `data`
-(ShardDataModule) and `trainer` (lightning.pytorch.Trainer).
+`float32_matmul`, `start_timeout`, `step_timeout`, `wandb`, `probe`, `allow_changes`; then `model` (a task of `tasks/`),
+`data` (ShardDataModule) and `trainer` (lightning.pytorch.Trainer).
 """
 
 import argparse

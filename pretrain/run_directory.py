@@ -27,7 +27,7 @@ MAY_CHANGE = (
     "step_timeout", "wandb", "probe", "data.train", "model.text.tokenizer", "data.workers", "data.device_batch_size",
     "data.bad_sample_budget",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark",
-    "model.compile_blocks", "model.activation_checkpointing",
+    "model.compile_blocks", "model.activation_checkpointing", "float32_matmul",
 )  # fmt: skip
 
 

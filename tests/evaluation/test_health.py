@@ -79,6 +79,14 @@ def test_few_images_cannot_be_compared() -> None:
         assert state(dino(*SIZES[2], **alike)) == "one point"
 
 
+def test_runs_that_did_not_log_how_many_images_they_compare_had_a_batch_of_them() -> None:
+    ill = dino(*SIZES[2], entropy=0.2, kl=0.1, prototypes_used=1.6, feature_std=0.5)
+    del ill.metrics["train/micro_batch"]
+    assert state(ill) == "one point"
+    ill.config["data"] = {"device_batch_size": 1, "global_batch_size": 64}
+    assert state(ill) != "one point"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_hidden_patches_are_judged_as_class_tokens_are(size: tuple[int, int, int]) -> None:
     own = 4096  # prototypes of a head for patches

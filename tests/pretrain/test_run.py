@@ -132,6 +132,10 @@ def test_another_run_or_other_files_are_left_alone(
     assert "model.mask_ratio: 0.75 -> 0.5" in error
     assert "--allow_changes '[model.mask_ratio]'" in error  # bare, zsh would take it for a pattern of files
     assert (run / "metrics.csv").read_bytes() == before
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("float32_matmul: high\n", ""))  # one of an earlier trivit
+    assert pretrain(*small, "--output", run, "--trainer.max_steps", 4) == 0
+    assert "float32_matmul" in config and "is finished (4 steps)" in capsys.readouterr().out
 
     other = tmp_path / "photos"
     other.mkdir()
