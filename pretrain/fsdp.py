@@ -59,16 +59,23 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Collective: every rank writes its shard, then the first one the rest; now, or in the background.
 
         Raises:
-            OSError: the same on all ranks when one of them could not write its shard; on the first rank alone when it
-                could not write the rest.
+            OSError: the same on all ranks when one of them could not copy or write its shard; on the first rank alone
+                when it could not write the rest.
         """
         folder = Path(self.broadcast(filepath))
-        rest, mine = split_off(checkpoint, copy=self.writer.background)
-        kept = self.writer.keep(rest)
         if self.writer.background and self._apart is None:
             # What a thread says must not get between the words of training.
             self._apart = new_group(backend="gloo", timeout=self._timeout)
-        self.writer.do(lambda: self._write(folder, kept, mine))
+        rest: Any = None
+        mine: dict[str, tuple[int, Tensor]] = {}
+
+        def keep() -> None:
+            nonlocal rest, mine
+            rest, mine = split_off(checkpoint, copy=self.writer.background)
+            rest = self.writer.keep(rest)
+
+        self._together(keep)  # the host may have no memory for it; no rank writes before all have it
+        self.writer.do(lambda: self._write(folder, rest, mine))
 
     def _write(self, folder: Path, rest: Any, mine: Any) -> None:
         """Collective."""
