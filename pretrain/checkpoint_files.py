@@ -128,9 +128,14 @@ def put_in_place(part: Path, keep: bool = True) -> None:
                 os.link(last, previous)
         if not previous.exists():
             last.rename(previous)
-    if last.is_dir() or part.is_dir():
-        remove(last)
-    part.replace(last)
+    take_place(part, last)
+
+
+def take_place(part: Path, path: Path) -> None:
+    """The whole file or folder gets that name, instead of what had it."""
+    if path.is_dir() or part.is_dir():
+        remove(path)
+    part.replace(path)
     flush_folder(part.parent)
 
 

@@ -35,7 +35,7 @@ class Checkpoints(Callback):
         self._saved_step = sys.maxsize  # nothing can be worth saving before training starts
         self._first = True  # rank
         self._whole_step = 0  # of the newest in its place; behind the other while that is written in the background
-        self._part_is_whole = False
+        self._whole_part: int | None = None  # step of a last.ckpt.part that could not be put in its place
 
     @property
     def last(self) -> Path:
@@ -78,6 +78,11 @@ class Checkpoints(Callback):
         """Too many bad samples, say, end a run between two steps: keep what was learned, if all ranks are here."""
         with contextlib.suppress(Exception):  # the first error is the one to tell
             self.writer.wait()
+        if self._whole_part is not None:  # a save would begin by removing it
+            try:
+                self._put_in_place(self.directory / PART, self._whole_part)
+            except OSError as error:
+                self._fail(error)
         together = isinstance(exception, AgreedFailure) or trainer.world_size == 1
         if together and isinstance(exception, AgreedFailure | DataError) and trainer.global_step > self._saved_step:
             with contextlib.suppress(RunError):  # the disk may be full
@@ -119,12 +124,12 @@ class Checkpoints(Callback):
             self._fail(error)
 
     def _put_in_place(self, aside: Path, step: int) -> None:
-        self._part_is_whole = True
+        self._whole_part = step
         put_in_place(aside, keep=self.resumed is None or self.resumed.name == LAST)
-        self._part_is_whole, self.resumed, self._whole_step = False, None, step
+        self._whole_part, self.resumed, self._whole_step = None, None, step
 
     def _fail(self, error: Exception) -> None:
-        if self._first and not self._part_is_whole:
+        if self._first and self._whole_part is None:
             with contextlib.suppress(OSError):
                 remove(self.directory / PART)
         kept = f"the checkpoint of step {self._whole_step} is whole" if self._whole_step else "there is no other"

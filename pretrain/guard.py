@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pretrain.checkpoint_files import remove, take_place
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import NonFiniteError
 from pretrain.saving import reason, save_together
@@ -142,15 +143,23 @@ class FiniteGuard(Callback):
         return None
 
     def _save(self, trainer: Trainer, state: Path) -> str | None:
-        """Collective: why it could not be done; what is saved is on the disk, also by a writer in the background."""
-        failure = None
+        """Collective: why it could not be done; what is saved is on the disk, also by a writer in the background.
+
+        Written aside: half of it must not get the name, nor take it from a whole one of an earlier attempt.
+        """
+        failure, first, aside = None, trainer.global_rank == 0, state.with_name(f"{state.name}.part")
         with contextlib.suppress(Exception):
             self.writer.wait()  # what became of the checkpoint before does not matter any more
         try:
-            save_together(trainer, state)
+            save_together(trainer, aside)
+            if first:
+                self.writer.do(lambda: take_place(aside, state))
             self.writer.wait()
         except Exception as error:
             failure = reason(error)
+            if first:
+                with contextlib.suppress(OSError):
+                    remove(aside)
         return next((told for told in self.stop.gather(failure) if told), None)
 
 

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from pretrain import checkpoint_files
+from pretrain import checkpoint_files, checkpoints
 from pretrain.checkpoint_files import LAST, PART, PREVIOUS, damage, find_checkpoint, put_in_place, remove
 from pretrain.checkpoints import read_checkpoint as read_run_checkpoint
 from pretrain.errors import RunError
@@ -269,6 +270,33 @@ def test_what_was_not_yet_in_its_place_gets_there_before_the_next_save(
     assert pretrain(*command) == 0
     assert "at step 6 of 8" in capsys.readouterr().out
     assert torch.load(checkpoints / LAST, weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_what_could_not_be_put_in_its_place_is_not_removed_for_another_try(
+    failures: int, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk cannot rename at step 6, and then has no room for what an end tries to save."""
+    written, failed = list[int](), list[int]()
+
+    def save(content: dict[str, Any], path: Path) -> int:
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(content["global_step"])
+        return save_flushed(content, path)
+
+    def place(part: Path, keep: bool) -> None:
+        if len(written) == 2 and len(failed) < failures:
+            failed.append(1)
+            raise OSError(errno.EIO, "Input/output error")
+        put_in_place(part, keep)
+
+    monkeypatch.setattr(checkpoint_files, "save_flushed", save)
+    monkeypatch.setattr(checkpoints, "put_in_place", place)
+    assert pretrain(*small, "--output", tmp_path / "run", "--checkpoint_every", 3) == 1
+    assert written == [3, 6]
+    newest = torch.load(tmp_path / "run/checkpoints" / (LAST if failures == 1 else PART), weights_only=True)
+    assert newest["global_step"] == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)

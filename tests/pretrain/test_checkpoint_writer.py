@@ -161,8 +161,10 @@ def test_the_state_before_a_nan_is_called_saved_only_when_it_is(
 
     def save(content: dict[str, Any], path: Path) -> int:
         if path.name != "last.ckpt.part":
+            path.write_bytes(b"half")
             time.sleep(0.3)
             raise error
+        path.with_name("non_finite.ckpt").write_bytes(b"of an earlier attempt")
         return write(content, path)
 
     monkeypatch.setattr(checkpoint_files, "save_flushed", save)
@@ -172,3 +174,5 @@ def test_the_state_before_a_nan_is_called_saved_only_when_it_is(
     assert "became NaN or infinite" in line and "was saved" not in line
     reason = "No space left on device" if isinstance(error, OSError) else "RuntimeError: no memory"
     assert f"could not be saved to {tmp_path}/run/checkpoints/non_finite.ckpt ({reason})" in line
+    (left,) = (tmp_path / "run").rglob("non_finite.ckpt*")
+    assert left.read_bytes() == b"of an earlier attempt"
