@@ -3,12 +3,11 @@
 Axes: b = images, c = channels, s = side of the crop, h w = rows and columns of an image.
 """
 
-import contextlib
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +16,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.bad_samples import BadSample
 from datamodules.crops import center_crop, flip, resize_shorter_side
 from datamodules.errors import DataError
 from datamodules.labelled_batches import shuffled
 from datamodules.loader import default_workers, iterate
-from datamodules.manifest import Manifest, load_manifest
+from datamodules.manifest import load_manifest
 from datamodules.rng import sample_keys, uniform
 from datamodules.shard_reader import BadSampleError, ShardReader
 
@@ -79,35 +79,45 @@ class MaskBatches(Dataset[dict[str, Any]]):
             self._epoch, self._order = epoch, shuffled(self.rows, counts, self.seed, epoch)
         images, masks, keys = [], [], []
         for position in range(place * self.batch_size, min((place + 1) * self.batch_size, len(self.rows))):
-            row = int(self._order[position])
-            shard = int(np.searchsorted(self.starts, row, side="right")) - 1
             try:
-                key, image = self.reader.image(shard, row - int(self.starts[shard]))
-                mask = read_mask(self.reader, shard, row - int(self.starts[shard]), (image.shape[1], image.shape[2]))
+                found = self.pair(int(self._order[position]))
             except BadSampleError:
                 continue
-            if mask is None:
+            if found is None:
                 continue
+            key, image, mask = found
             image = center_crop(resize_shorter_side(image, self.resize), self.crop_size)
             mask = center_crop(_resize_mask(mask, self.resize), self.crop_size)
             if self.seed is not None and uniform(sample_keys(self.seed, epoch, np.array([position])), _FLIP, 1) < 0.5:
                 image, mask = flip(image), flip(mask)
             images.append(image)
             masks.append(mask[0])
-            keys.append(f"{self.reader.name(shard)}/{key}")
+            keys.append(key)
         if not keys:
             return {"key": []}
         return {"image": torch.stack(images), "mask": torch.stack(masks).long(), "key": keys}
 
+    def pair(self, row: int) -> tuple[str, Tensor, Tensor] | None:
+        """Key "SHARD/KEY", image [c h w] and mask [1 h w] of a sample by its number in the set; None without a mask.
 
-def read_mask(reader: ShardReader, shard: int, sample: int, size: tuple[int, int] | None) -> Tensor | None:
+        Raises:
+            BadSampleError: its image or mask cannot be read.
+        """
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        sample = row - int(self.starts[shard])
+        key, image = self.reader.image(shard, sample)
+        mask = read_mask(self.reader, shard, sample, (image.shape[1], image.shape[2]))
+        return None if mask is None else (f"{self.reader.name(shard)}/{key}", image, mask)
+
+
+def read_mask(reader: ShardReader, shard: int, sample: int, size: tuple[int, int]) -> Tensor | None:
     """Class numbers [1 h w] of a sample's pixels; None without a mask, or with one that has not that size."""
     data = reader.member(shard, sample, MASK)
     if data is None:
         return None
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
-            if size is not None and (file.height, file.width) != size:
+            if (file.height, file.width) != size:
                 return None
             pixels = np.array(file)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
@@ -115,22 +125,52 @@ def read_mask(reader: ShardReader, shard: int, sample: int, size: tuple[int, int
     return torch.from_numpy(pixels.astype(np.int32))[None] if pixels.ndim == 2 else None
 
 
-def mask_classes(manifest: Manifest, done: Callable[[], object] = lambda: None) -> dict[int, int]:
-    """In how many masks each class is, by class; 255 (ignored) does not count. All masks are read, images are not.
+class MaskClasses(NamedTuple):
+    """In how many masks each class is, by class, 255 (ignored) aside; and samples that another time may be readable."""
+
+    masks: dict[int, int]
+    lost: list[BadSample]
+
+
+def mask_classes(
+    images: MaskBatches, workers: int | None = None, done: Callable[[int], object] = lambda _: None
+) -> MaskClasses:
+    """What is in the masks that `images` gives, whole ones before any crop; images are read, too, to know which count.
 
     Args:
-        manifest: of the set.
-        done: called after each sample.
+        images: of the set.
+        workers: processes; None takes the cores there are.
+        done: called with numbers of samples.
     """
-    reader, found = ShardReader(manifest), Counter[int]()
-    for shard, described in enumerate(manifest.shards):
-        for sample in range(described.samples):
-            with contextlib.suppress(BadSampleError):
-                mask = read_mask(reader, shard, sample, None)
-                found.update([] if mask is None else np.unique(mask).tolist())
-            done()
-    del found[IGNORE]
-    return dict(sorted(found.items()))
+    workers = default_workers(on_accelerator=False) if workers is None else workers
+    masks, lost = Counter[int](), list[BadSample]()
+    for batch in iterate(_Counted(images), range(len(images)), workers=workers, pin_memory=False):
+        masks.update(batch["classes"])
+        lost += batch["lost"]
+        done(batch["samples"])
+    del masks[IGNORE]
+    return MaskClasses(dict(sorted(masks.items())), lost)
+
+
+class _Counted(Dataset[dict[str, Any]]):
+    """What each batch adds to `MaskClasses`."""
+
+    def __init__(self, images: MaskBatches) -> None:
+        self.images = images
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        classes: list[int] = []
+        lost: list[BadSample] = []
+        size = self.images.batch_size
+        rows = self.images.rows[number * size : (number + 1) * size].tolist()
+        for row in rows:
+            try:
+                found = self.images.pair(row)
+            except BadSampleError as error:
+                lost += [BadSample(error.shard, error.key, error.reason, 0)] if error.passing else []
+                continue
+            classes += [] if found is None else np.unique(found[2]).tolist()
+        return {"classes": classes, "lost": lost, "samples": len(rows)}
 
 
 def _resize_mask(mask: Tensor, size: int) -> Tensor:

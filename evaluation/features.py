@@ -27,6 +27,7 @@ from datamodules.manifest import Manifest
 from datamodules.normalize import normalize
 from datamodules.sidecars import cache_home, cannot_write
 from evaluation.errors import EvaluationError
+from evaluation.lost_images import check_lost
 from evaluation.progress import progress_bar
 from evaluation.team import Team
 from tasks.encoder_config import EncoderConfig
@@ -35,8 +36,6 @@ from tasks.encoder_files import weights_hash
 FORMAT = 2
 CACHE_LIMIT_BYTES = 50 << 30
 DAY = 86_400  # seconds; what is in the making is younger
-MOST_LOST = 0.01
-"""Share of the images that may be missing for a reason that may pass; the score of fewer is of another set."""
 
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -103,7 +102,7 @@ def extract(
 
     Images that were packed damaged are always left out. Where others are missing because they cannot be read now (a
     shard that is lost or cut, a network that fails), the features are used once and not kept; beyond `MOST_LOST` of all
-    images there are none.
+    images there are none, see `check_lost`.
 
     Args:
         encoder: in evaluation mode; it is moved to `device`.
@@ -237,13 +236,7 @@ def _compute(work: _Work, loader: EvaluationLoader, place: Path, team: Team, pro
     if not found.key:
         first = f" (first: {found.bad[0].key}: {found.bad[0].reason})" if found.bad else ""
         raise EvaluationError(f"no image under {manifest.name} could be read{first}: try trivit shards verify")
-    if len(found.lost) > MOST_LOST * manifest.num_samples:
-        first = f"{found.lost[0].shard}, {found.lost[0].key}: {found.lost[0].reason}"
-        raise EvaluationError(
-            f"{len(found.lost)} of {manifest.num_samples} images of {manifest.name} cannot be read now (first: {first})"
-            f", and a score without them would be of another set: run the same command again, or see "
-            f"`trivit shards verify {manifest.name}`"
-        )
+    check_lost(found.lost, manifest)
     np.save(place / "label.npy", np.concatenate(found.label))
     (place / "keys.json").write_text(json.dumps(found.key, ensure_ascii=False))
     about = {"images": len(found.key), "width": work.encoder.feature_width, "bad": len(found.bad)}

@@ -24,7 +24,7 @@ class ImageData:
 
     `train_rows`, `test_rows`: numbers of the samples that count in the order of their manifest, [n] and [t], with their
     keys "SHARD/KEY" and their labels in the numbering of train. `drop_unknown`: of masks, pixels of classes that train
-    lacks are left out.
+    lacks are left out. `cache_dir`: of what is known of whole sets, see `remembered`.
     """
 
     train: Path
@@ -42,6 +42,7 @@ class ImageData:
     precision: Precision = "float32"
     progress: bool = True
     drop_unknown: bool = False
+    cache_dir: Path | None = None
 
     def held_out(self, rows: Ints) -> "ImageData":
         """Those of the train images (positions in train_rows) to score on in place of test."""

@@ -82,7 +82,7 @@ def evaluate(
         device: None: CUDA if there is one.
         batch_size: images in a forward pass.
         workers: loader processes; None: from the cores there are.
-        cache_dir: where features and floors are kept; None: the user's cache ($TRIVIT_CACHE).
+        cache_dir: where features, floors and facts about whole sets are kept; None: the user's cache ($TRIVIT_CACHE).
         progress: show progress bars and print the table.
         called: what protocols say instead of `source`, where that does not stay; None: `source`.
 
@@ -163,7 +163,7 @@ def evaluate(
             print("note: train and test are the same images, so the scores say little", file=sys.stderr)
         trained, tested = read(encoder, train_root), read(encoder, test_root)
         apart = progress and not without_labels and train_root.resolve() != test_root.resolve()
-        if apart and (both := shared_images(train_root, test_root)):
+        if apart and (both := shared_images(train_root, test_root, cache_dir)):
             share = one_decimal(100 * both / len(tested))
             print(
                 f"note: {both:,} test images ({share}%) are in train, too; scores may be as much too good",
@@ -235,7 +235,7 @@ def evaluate(
         }
         for found in score_dense(
             dense, encoder, train_root, test_root, settings, about, floors=floors, floor_cache=floor_cache,
-            drop_unknown=drop_unknown_classes, place=place, after=paired,
+            drop_unknown=drop_unknown_classes, cache_dir=cache_dir, place=place, after=paired,
             batch_size=batch_size, workers=workers, precision=precision, progress=progress,
         ):  # fmt: skip
             take(found)

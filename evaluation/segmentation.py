@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datamodules.manifest import load_manifest
 from datamodules.mask_set import IGNORE, MaskBatches, mask_classes
 from evaluation.bootstrap import percentile_interval, resampled_sums
 from evaluation.errors import EvaluationError
 from evaluation.frozen_heads import frozen, on_device
 from evaluation.image_data import ImageData
+from evaluation.lost_images import check_lost
 from evaluation.progress import progress_bar
 from evaluation.set_facts import remembered
 from tasks.encoders import Encoder
@@ -89,7 +89,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
     }  # fmt: skip
     learn = MaskBatches(train, batch_size=config.batch_size, seed=seed, **cut)
     scored = MaskBatches(test, batch_size=config.batch_size, **cut)
-    classes, unknown = _classes(train, test, config, data)
+    classes, unknown = _classes(learn, scored, config, data)
     tokens = frozen(lambda images: encoder(images).patches, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
     learned = {"steps": 0, "images_seen": 0}  # fewer than asked for where images have no masks
     with progress_bar(config.steps, "step", "segmentation", data.progress) as bar:
         for step, batch in enumerate(learn.batches(config.steps, data.workers, on_accelerator)):
-            mask = batch["mask"].to(data.device)
+            mask = _in_range(batch["mask"], classes, "train").to(data.device)
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
             loss = F.cross_entropy(logits, mask, ignore_index=IGNORE)
             optimizer.zero_grad()
@@ -120,8 +120,9 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
     found: list[Doubles] = []
     with torch.no_grad():
         for batch in scored.batches(workers=data.workers, on_accelerator=on_accelerator):
-            mask = batch["mask"].to(data.device)
-            mask[torch.isin(mask, torch.tensor(list(unknown), device=mask.device))] = IGNORE
+            mask = batch["mask"]
+            mask[torch.isin(mask, torch.tensor(list(unknown)))] = IGNORE
+            mask = _in_range(mask, classes, "test").to(data.device)
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
             found += [pixel_counts(p, m, classes) for p, m in zip(logits.argmax(1), mask, strict=True)]
     if not found:
@@ -141,13 +142,28 @@ def _logits(head: nn.Module, patches: Tensor, encoder: Encoder, mask: Tensor) ->
     return F.interpolate(head(grid), mask.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def _classes(train: Path, test: Path, config: Segmentation, data: ImageData) -> tuple[int, dict[int, int]]:
+def _in_range(mask: Tensor, classes: int, what: str) -> Tensor:
+    """The same masks. EvaluationError when they have a class beyond those that the head tells apart."""
+    if len(over := mask[(mask >= classes) & (mask != IGNORE)]):
+        raise EvaluationError(
+            f"segmentation: a mask of {what} has class {int(over[0])}, but none had it when the masks were counted, "
+            "when not all could be read: run the same command again"
+        )
+    return mask
+
+
+def _classes(
+    train: MaskBatches, test: MaskBatches, config: Segmentation, data: ImageData
+) -> tuple[int, dict[int, int]]:
     """How many classes the head tells apart, from all masks, before anything is learned; and those to leave out.
 
     Raises:
-        EvaluationError: train has one class only, test has others than train, or there are more than was said.
+        EvaluationError: train has one class only, test has others than train, there are more than was said, or too many
+            images cannot be read now.
     """
-    known, asked = (_found(root, data.progress) for root in (train, test))
+    known, asked = (_found(images, data) for images in (train, test))
+    if not known:
+        raise EvaluationError("segmentation: no train image has a mask of its size that names a class")
     if len(known) < 2:
         raise EvaluationError("segmentation: the masks of train have one class only")
     if config.classes and max(known) >= config.classes:
@@ -166,14 +182,18 @@ def _classes(train: Path, test: Path, config: Segmentation, data: ImageData) -> 
     return config.classes or max(known) + 1, unknown
 
 
-def _found(root: Path, progress: bool) -> dict[int, int]:
-    manifest = load_manifest(root)
+def _found(images: MaskBatches, data: ImageData) -> dict[int, int]:
+    reader = images.reader
+    manifest = reader.manifest
 
-    def read() -> list[tuple[int, int]]:
-        with progress_bar(manifest.num_samples, "img", f"masks of {manifest.name}", progress) as bar:
-            return list(mask_classes(manifest, bar.update).items())
+    def read() -> tuple[list[tuple[int, int]], bool]:
+        with progress_bar(manifest.num_samples, "img", f"masks of {manifest.name}", data.progress) as bar:
+            found = mask_classes(images, data.workers, bar.update)
+        check_lost(found.lost, manifest)
+        return list(found.masks.items()), not found.lost
 
-    return dict(remembered("masks 1", [manifest.fingerprint], read))
+    question = f"masks 2, images of {reader.channels} channels and {reader.bits} bits"
+    return dict(remembered(question, [manifest.fingerprint], read, data.cache_dir))
 
 
 def pixel_counts(predicted: Tensor, mask: Tensor, classes: int) -> Doubles:

@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 
 from datamodules.errors import DataError
-from datamodules.manifest import load_manifest
-from datamodules.mask_set import MaskBatches, mask_classes
+from datamodules.mask_set import MaskBatches, MaskClasses, mask_classes
+from datamodules.shard_reader import BadSampleError, ShardReader
 from datamodules.shard_writer import ShardWriter
 from datamodules.whole_images import WholeImages
 from evaluation.boxes import read_boxes
@@ -74,7 +75,7 @@ def test_masks_are_cut_and_mirrored_with_their_images(masked: Path) -> None:
         assert batch["mask"].shape == (60, 12, 12)
         assert (bright == (batch["mask"] == 1))[known].float().mean() > 0.95
     assert batch["key"] != sorted(batch["key"])
-    assert mask_classes(load_manifest(masked / "train")) == {0: 60, 1: 60}
+    assert mask_classes(batches, workers=0) == ({0: 60, 1: 60}, [])
 
 
 def test_a_linear_layer_finds_bright_patches_and_repeats(masked: Path) -> None:
@@ -121,6 +122,55 @@ def test_a_class_in_a_single_mask_is_known_before_anything_is_learned(
         monkeypatch.setattr("evaluation.segmentation.mask_classes", read)
         with pytest.raises(EvaluationError, match=r"no mask of train has: 4 \(in 1\)"):
             segmentation(encoder_of(), masked / "train", tmp_path / "train", data_of(tmp_path / "test"), few, 0)
+
+
+def test_masks_that_cannot_be_read_for_a_moment_are_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, mask = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)
+    mask[:8] = 1
+    with ShardWriter(tmp_path / "set", samples_per_shard=20) as writer:
+        for i in range(40):
+            writer.write(f"{i:04d}", {"png": png(pixels), "mask.png": png(mask + mask if i == 7 else mask)})
+    whole, fails, root, facts = ShardReader.member, [True], tmp_path / "set", tmp_path / "here"
+
+    def read(reader: ShardReader, shard: int, sample: int, extension: str) -> bytearray | None:
+        if fails[0] and sample == 7 and shard == 0:
+            raise BadSampleError("shard-000000.tar", "0007", "cannot be read: Input/output error", passing=True)
+        return whole(reader, shard, sample, extension)
+
+    def counted(*how: Any) -> MaskClasses:
+        fails[0] = True
+        found = mask_classes(*how)
+        fails[0] = False
+        return found
+
+    monkeypatch.setattr(ShardReader, "member", read)
+    few, data = Segmentation(steps=10, batch_size=4), replace(data_of(root), cache_dir=facts)
+    with pytest.raises(
+        EvaluationError, match=r"1 of 40 images of .* cannot be read now \(first: shard-000000.tar, 0007"
+    ):
+        segmentation(encoder_of(), root, root, data, few, 0)
+    monkeypatch.setattr("evaluation.lost_images.MOST_LOST", 0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr("evaluation.segmentation.mask_classes", counted)
+        with pytest.raises(
+            EvaluationError, match=r"a mask of train has class 2, but none had it when .*: run the same"
+        ):
+            segmentation(encoder_of(), root, root, data, few, 0)
+    assert not facts.exists(), "what may be there another time is not forgotten"
+    assert len(segmentation(encoder_of(), root, root, data, few, 0)["per_class"]) == 3
+    assert len(list((facts / "facts").iterdir())) == 1
+
+
+def test_masks_of_images_that_cannot_be_used_do_not_count(tmp_path: Path) -> None:
+    pixels, mask = np.zeros((16, 16, 3), np.uint8), np.ones((16, 16), np.uint8)
+    with ShardWriter(tmp_path / "set", samples_per_shard=20) as writer:
+        writer.write("fine", {"png": png(pixels), "mask.png": png(mask)})
+        writer.write("spoilt", {"png": b"this is no image", "mask.png": png(2 * mask)})
+        writer.write("other", {"png": png(pixels), "mask.png": png(3 * mask[:8])})
+    images = MaskBatches(tmp_path / "set", crop_size=16, resize=16, batch_size=2)
+    assert mask_classes(images, workers=0) == ({1: 1}, [])
 
 
 def test_mean_iou_by_hand() -> None:

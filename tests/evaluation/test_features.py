@@ -131,7 +131,7 @@ def test_features_without_images_that_were_lost_are_used_once(
     (data / "shard-000001.tar").write_bytes(whole[:-14_000])
     with pytest.raises(EvaluationError, match=r"\d+ of 60 images of .* cannot be read now \(first: shard-000001.tar"):
         take(encoder, data)
-    monkeypatch.setattr(features_module, "MOST_LOST", 0.5)
+    monkeypatch.setattr("evaluation.lost_images.MOST_LOST", 0.5)
     found = take(encoder, data)
     assert found.bad == 60 - len(found) > 0 and np.isfinite(found.x).all()
     assert list((cache / "features").iterdir()) == []
