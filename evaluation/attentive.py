@@ -104,7 +104,8 @@ def attentive(encoder: Encoder, data: ImageData, config: Attentive, seed: int = 
     fine = {name: head for name, head in heads.items() if name not in diverged}
     rank, best, held = choose(encoder, tokens, fine, data, order[fitted:], "attentive")
     diverged += [name for name in fine if name not in held]
-    return Sweep(rank, best, held, diverged, steps, batch_size, len(order) - fitted)
+    sees = "all tokens of the last block, gathered by a learned query"
+    return Sweep(rank, best, sees, held, diverged, steps, batch_size, len(order) - fitted)
 
 
 def groups_of(head: AttentiveHead, weight_decay: float) -> list[dict[str, Any]]:

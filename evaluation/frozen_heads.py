@@ -22,10 +22,11 @@ from datamodules.recipes import MAERecipe, Recipe
 from evaluation.errors import EvaluationError
 from evaluation.image_data import ImageData, parts_of
 from evaluation.progress import progress_bar
-from evaluation.ranks import rank_of_truth
+from evaluation.ranks import UNSEEN, rank_of_truth
 from tasks.encoders import Encoder
 
 Ints = NDArray[np.int64]
+CHECK_EVERY = 10  # steps between looks at whether losses are finite: on a GPU each look waits for it
 SCALE = (0.08, 1.0)
 """Area of a training crop as a share of the image: torchvision's RandomResizedCrop, in most protocols."""
 
@@ -37,7 +38,7 @@ def train_heads(
 ) -> list[str]:  # fmt: skip
     """Train every head on the mean of its own cross-entropy; the encoder stays as it is.
 
-    A head whose loss is not finite is left out from then on, which is said. Returns the names of these heads.
+    A head whose loss is not finite is left out soon after, which is said. Returns the names of these heads.
 
     Args:
         encoder: in evaluation mode, on the device.
@@ -67,6 +68,7 @@ def train_heads(
     peaks = [group["lr"] for group in optimizer.param_groups]
     bar = progress_bar(steps * batch_size, "img", name, data.progress)
     learning, diverged = dict(heads), list[str]()
+    fine = torch.ones(len(learning), dtype=torch.bool, device=data.device)
 
     def parts() -> Iterator[tuple[Any, Tensor]]:
         for _ in range(batch_size // part):
@@ -80,16 +82,21 @@ def train_heads(
             losses = torch.zeros(len(learning), device=data.device)
             for seen, label in parts() if in_parts else _whole(parts()):
                 each = torch.stack([F.cross_entropy(head(seen), label) for head in learning.values()])
-                each = each * (len(label) / batch_size)
+                if in_parts:  # of the whole batch nobody knows yet how many could be read
+                    each = each * (len(label) / batch_size)
                 each.sum().backward()  # type: ignore[no-untyped-call]
                 losses += each.detach()
-            if lost := _not_finite(learning, losses):
+            fine &= losses.isfinite()
+            if (step % CHECK_EVERY == 0 or step == steps - 1) and not bool(fine.all()):
+                lost = [head for head, good in zip(learning, fine.tolist(), strict=True) if not good]
                 diverged += lost
                 for head in lost:
                     learning.pop(head).zero_grad()  # of which the optimiser sees nothing any more
                 if not learning:
                     raise EvaluationError(f"{name}: the loss is not finite with any head: lower the rates")
-                tell(f"{name}: {len(diverged)} of {len(heads)} heads left out: loss not finite (step {step + 1:,})")
+                fine = fine[fine]
+                if data.progress:
+                    tell(f"{name}: {len(diverged)} of {len(heads)} heads left out: loss not finite (step {step + 1:,})")
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate(step / steps)
             optimizer.step()
@@ -98,22 +105,23 @@ def train_heads(
     return diverged
 
 
-def _not_finite(heads: Mapping[str, nn.Module], losses: Tensor) -> list[str]:
-    fine = losses.isfinite()
-    return [] if bool(fine.all()) else [name for name, good in zip(heads, fine.tolist(), strict=True) if not good]
-
-
 def ranks_of_heads(
     encoder: Encoder, tokens: Callable[[Tensor], Any], heads: Mapping[str, nn.Module], data: ImageData, name: str
 ) -> dict[str, Ints]:
-    """Rank of the true class of the test images for each head, {name: [t]}; last where its scores are not finite."""
+    """Rank of the true class of the test images for each head, {name: [t]}.
+
+    It is last (data.classes) where the head's scores are not finite, and `UNSEEN` where the image cannot be read now.
+
+    Raises:
+        EvaluationError: no image can be read now.
+    """
     config = encoder.config
     loader = evaluation_loader(
         data.test, crop_size=config.image_size, resize=config.resize, batch_size=data.batch_size, workers=data.workers,
         pin_memory=data.device.startswith("cuda"), channels=config.in_chans, bits=config.bits, rows=data.test_rows,
     )  # fmt: skip
     place = {key: i for i, key in enumerate(data.test_key)}
-    ranks = {head: np.full(len(place), data.classes, np.int64) for head in heads}
+    ranks = {head: np.full(len(place), UNSEEN, np.int64) for head in heads}
     bar = progress_bar(loader.num_images, "img", name, data.progress)
     with bar, torch.no_grad():
         for batch in loader:
@@ -124,6 +132,8 @@ def ranks_of_heads(
                 fine = np.isfinite(logits).all(axis=1)
                 ranks[head][rows] = np.where(fine, rank_of_truth(logits, data.test_label[rows]), data.classes)
             bar.update(len(rows))
+    if any((rank == UNSEEN).all() for rank in ranks.values()):
+        raise EvaluationError(f"{name}: no image of {data.test} can be read now: see trivit shards verify {data.test}")
     return ranks
 
 

@@ -18,6 +18,7 @@ from evaluation.linear_mae import linear_mae
 from evaluation.linear_paper import Sweep, linear_paper
 from evaluation.localisation import ENOUGH, localisation
 from evaluation.probes import ProbeSettings, Result, tops
+from evaluation.ranks import UNSEEN
 from evaluation.robustness import robustness
 from evaluation.segmentation import segmentation
 from tasks.encoders import Encoder
@@ -29,16 +30,14 @@ CROPS = "random resized crops (0.08 to 1 of the area) and flips, drawn by seed a
 def score_linear_paper(encoder: Encoder, data: ImageData, settings: ProbeSettings) -> Result:
     """The sweep of DINOv2, its head chosen on a part of train."""
     found = linear_paper(encoder, data, settings.linear_paper, settings.seed)
-    told = {"pool": None, "head_sees": found.best.rpartition(", rate ")[0]}
-    return _swept(found, data, settings, asdict(settings.linear_paper) | told, "SGD, momentum 0.9, no decay, cosine")
+    return _swept(found, data, settings, asdict(settings.linear_paper), "SGD, momentum 0.9, no decay, cosine")
 
 
 def score_attentive(encoder: Encoder, data: ImageData, settings: ProbeSettings) -> Result:
     """Cross-attention and a linear layer on frozen tokens, the rate chosen on a part of train."""
     found = attentive(encoder, data, settings.attentive, settings.seed)
-    told = {"pool": None, "head_sees": "all tokens of the last block, gathered by a learned query"}
     return _swept(
-        found, data, settings, asdict(settings.attentive) | told, "AdamW, decay of matrices alone, warm-up and cosine"
+        found, data, settings, asdict(settings.attentive), "AdamW, decay of matrices alone, warm-up and cosine"
     )
 
 
@@ -62,11 +61,14 @@ def _swept(found: Sweep, data: ImageData, settings: ProbeSettings, config: dict[
         "optimizer": optimizer,
         "views": CROPS,
         **config,
+        "pool": None,
+        "head_sees": found.head_sees,
         "steps": found.steps,
         "batch_size": found.batch_size,
         "head": found.best,
         "heads_tried": found.held_out,
         "heads_left_out": found.diverged or None,
+        "images_not_read": _unseen(found),
         "chosen_on": f"{found.chosen_on:,} train images, stratified; the head did not learn from them",
         "seed": settings.seed,
     }
@@ -75,8 +77,14 @@ def _swept(found: Sweep, data: ImageData, settings: ProbeSettings, config: dict[
 
 
 def _trained(found: Any, data: ImageData, settings: ProbeSettings, config: dict[str, Any], optimizer: str) -> Result:
-    steps = {"steps": found.steps, "batch_size": found.batch_size, "chosen_on": "nothing: the last step is scored"}
-    return {**tops(found.rank, data), "protocol": {"optimizer": optimizer, **config, **steps, "seed": settings.seed}}
+    steps = {"steps": found.steps, "batch_size": found.batch_size, "chosen_on": "nothing: the last step is scored",
+             "images_not_read": _unseen(found), "seed": settings.seed}  # fmt: skip
+    return {**tops(found.rank, data), "protocol": {"optimizer": optimizer, **config, **steps}}
+
+
+def _unseen(found: Any) -> int | None:
+    """Test images that have features and could not be read for this probe; None: all were."""
+    return int((found.rank == UNSEEN).sum()) or None
 
 
 def score_corruptions(

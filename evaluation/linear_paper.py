@@ -22,7 +22,7 @@ from evaluation.errors import EvaluationError
 from evaluation.frozen_heads import cosine, frozen, ranks_of_heads, train_heads
 from evaluation.image_data import ImageData, parts_of
 from evaluation.linear import stratified_order
-from evaluation.ranks import top
+from evaluation.ranks import UNSEEN, top
 from tasks.block_tokens import last_block_tokens
 from tasks.encoders import Encoder
 
@@ -58,13 +58,14 @@ class LinearPaper:
 
 
 class Sweep(NamedTuple):
-    """Rank of the true class [t] by the best head, its name, and the held-out top-1 of every head in percent.
+    """Rank of the true class [t] by the best head, its name, what it sees, and every head's held-out top-1 in percent.
 
     `diverged`: heads whose loss or scores were not finite, which could not be chosen.
     """
 
     rank: Ints
     best: str
+    head_sees: str
     held_out: dict[str, float]
     diverged: list[str]
     steps: int
@@ -102,12 +103,14 @@ def linear_paper(encoder: Encoder, data: ImageData, config: LinearPaper, seed: i
     kinds = _kinds(encoder, config.blocks)
     tokens = frozen(partial(see, encoder, kinds), data)
     heads: dict[str, nn.Module] = {}
+    sees: dict[str, str] = {}
     groups = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for (number, (blocks, mean)), rate in product(enumerate(kinds), config.rates):
             head = _Head(number, encoder.width * (blocks + mean), data.classes).to(data.device)
-            heads[_name(blocks, mean, rate)] = head
+            name = f"{_seen(blocks, mean)}, rate {rate:g}"
+            heads[name], sees[name] = head, _seen(blocks, mean)
             groups.append({"params": list(head.parameters()), "lr": rate * batch_size / 256})
     diverged = train_heads(
         encoder, tokens, heads, torch.optim.SGD(groups, momentum=0.9), cosine, data, data.train_rows[order[:fitted]],
@@ -116,7 +119,7 @@ def linear_paper(encoder: Encoder, data: ImageData, config: LinearPaper, seed: i
     fine = {name: head for name, head in heads.items() if name not in diverged}
     rank, best, held = choose(encoder, tokens, fine, data, order[fitted:], "linear_paper")
     diverged += [name for name in fine if name not in held]
-    return Sweep(rank, best, held, diverged, config.steps, batch_size, len(order) - fitted)
+    return Sweep(rank, best, sees[best], held, diverged, config.steps, batch_size, len(order) - fitted)
 
 
 def choose(
@@ -131,7 +134,7 @@ def choose(
         EvaluationError: there is no other one.
     """
     found = ranks_of_heads(encoder, tokens, heads, data.held_out(np.sort(rows)), f"{probe}: choosing")
-    held = {name: top(rank) for name, rank in found.items() if (rank < data.classes).all()}
+    held = {name: top(rank[rank != UNSEEN]) for name, rank in found.items() if (rank < data.classes).all()}
     if not held:
         raise EvaluationError(f"{probe}: the scores of no head are finite: lower the rates")
     best = max(held, key=lambda name: held[name])
@@ -167,6 +170,5 @@ def _kinds(encoder: Encoder, blocks: Sequence[int]) -> list[tuple[int, bool]]:
     return [(count, mean) for count in few for mean in (False, True)]
 
 
-def _name(blocks: int, mean: bool, rate: float) -> str:
-    seen = [f"{blocks} class tokens"] if blocks else []
-    return f"{' + '.join([*seen, *(['mean patch'] if mean else [])])}, rate {rate:g}"
+def _seen(blocks: int, mean: bool) -> str:
+    return " + ".join([*([f"{blocks} class tokens"] if blocks else []), *(["mean patch"] if mean else [])])

@@ -22,7 +22,7 @@ from evaluation.label_free import LabelFree, label_free
 from evaluation.linear_mae import LinearMAE
 from evaluation.linear_paper import LinearPaper
 from evaluation.localisation import Localisation
-from evaluation.ranks import interval, mean_per_class, top
+from evaluation.ranks import UNSEEN, interval, mean_per_class, top
 from evaluation.robustness import Corruptions
 from evaluation.segmentation import Segmentation
 
@@ -216,11 +216,16 @@ def check_probes(names: Sequence[str]) -> Chosen:
 
 
 def tops(rank: NDArray[np.int64], data: Scored) -> Result:
-    """Top-1, top-5 with more than five classes, mean over classes, and the Wilson interval of top-1; rank [t]."""
+    """Top-1, top-5 with more than five classes, mean over classes, and the Wilson interval of top-1; rank [t].
+
+    Images that are `UNSEEN` do not count.
+    """
+    seen = rank != UNSEEN
+    rank = rank[seen]
     five = {"top5": top(rank, 5)} if data.classes > 5 else {}
     return {
         "top1": top(rank),
         **five,
-        "mean_per_class": mean_per_class(rank, data.test_label),
+        "mean_per_class": mean_per_class(rank, data.test_label[seen]),
         "interval": interval(rank),
     }

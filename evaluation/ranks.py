@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+UNSEEN = -1
+"""In place of the rank: the image could be read when features were made, and later could not. It counts nowhere."""
 
 
 def rank_of_truth(score: NDArray[np.floating[Any]], truth: Ints) -> Ints:

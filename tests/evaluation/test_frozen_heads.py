@@ -1,7 +1,9 @@
 """The probes that train small heads on a frozen encoder, in seconds."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +14,17 @@ from datamodules.errors import DataError
 from datamodules.labelled_batches import labelled_batches, shuffled
 from datamodules.manifest import load_manifest
 from datamodules.recipes import MAERecipe
+from datamodules.shard_reader import BadSampleError, ShardReader
 from evaluation.attentive import Attentive, AttentiveHead, attentive, groups_of
 from evaluation.errors import EvaluationError
 from evaluation.features import extract
 from evaluation.frozen_heads import cosine, frozen, ranks_of_heads, train_heads
 from evaluation.image_data import ImageData, parts_of, rows_of
+from evaluation.image_probes import score_linear_paper
 from evaluation.labels import match_labels
 from evaluation.linear_mae import LinearMAE, lars, linear_mae, warmup_cosine
 from evaluation.linear_paper import LinearPaper, linear_paper, see
+from evaluation.probes import ProbeSettings
 from evaluation.ranks import top
 from tasks.block_tokens import last_block_tokens
 from tasks.encoder_files import load_encoder
@@ -201,11 +206,12 @@ def test_heads_that_diverge_are_left_out_as_soon_as_seen(
     world_data: ImageData, encoder_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = load_encoder(encoder_file)
-    found = linear_paper(encoder, world_data, LinearPaper(rates=(1e-2, 1e38), blocks=(1,), steps=6, batch_size=48))
+    loud = replace(world_data, progress=True)
+    found = linear_paper(encoder, loud, LinearPaper(rates=(1e-2, 1e38), blocks=(1,), steps=12, batch_size=48))
     wild = ["1 class tokens, rate 1e+38", "1 class tokens + mean patch, rate 1e+38"]
     assert sorted(found.diverged) == sorted(wild) and len(found.held_out) == 2
     assert found.best in found.held_out and found.best.endswith("rate 0.01")
-    assert "linear_paper: 2 of 4 heads left out: loss not finite (step 2)" in capsys.readouterr().err
+    assert "linear_paper: 2 of 4 heads left out: loss not finite (step 11)" in capsys.readouterr().err
     with pytest.raises(EvaluationError, match="not finite with any head: lower the rates"):
         linear_paper(encoder, world_data, LinearPaper(rates=(1e38,), steps=6, batch_size=48))
 
@@ -258,3 +264,52 @@ def test_heads_with_infinite_scores_are_last(world_data: ImageData, encoder_file
     encoder = load_encoder(encoder_file)
     ranks = ranks_of_heads(encoder, frozen(encoder.features, world_data), {"broken": Broken()}, world_data, "test")
     assert (ranks["broken"] == 6).all()
+
+
+def test_images_that_cannot_be_read_any_more_end_no_probe(
+    world_data: ImageData, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, whole = load_encoder(encoder_file), ShardReader.image
+
+    def read(reader: ShardReader, shard: int, sample: int) -> tuple[str, torch.Tensor]:
+        if sample % 5 == 0:
+            raise BadSampleError(reader.name(shard), f"{sample}", "cannot be read: Input/output error", passing=True)
+        return whole(reader, shard, sample)
+
+    monkeypatch.setattr(ShardReader, "image", read)
+    settings = ProbeSettings(linear_paper=LinearPaper(rates=(1.0,), blocks=(1,), steps=30, batch_size=48))
+    found = score_linear_paper(encoder, world_data, settings)
+    assert found["top1"] > 60 and found["protocol"]["images_not_read"] == 12
+    assert "heads_left_out" not in found["protocol"] or found["protocol"]["heads_left_out"] is None
+    monkeypatch.setattr("evaluation.frozen_heads.evaluation_loader", lambda *_, **__: Nothing())
+    with pytest.raises(EvaluationError, match=r"x: no image of .* can be read now: see trivit shards verify"):
+        ranks_of_heads(encoder, frozen(encoder.features, world_data), {"one": nn.Linear(24, 6)}, world_data, "x")
+
+
+class Nothing:
+    """A loader of which nothing can be read."""
+
+    num_images = 60
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(())
+
+
+def test_a_batch_that_came_short_is_averaged_over_what_came(
+    world_data: ImageData, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(encoder_file)
+    short = {"image": torch.full((12, 3, 16, 16), 99, dtype=torch.uint8), "label": torch.arange(12) % 6}
+    gradients = []
+    for times in (1, 4):
+        batch = {name: torch.cat([value] * times) for name, value in short.items()}
+        monkeypatch.setattr("evaluation.frozen_heads.labelled_batches", lambda *_, batch=batch, **__: iter([batch]))
+        torch.manual_seed(0)
+        head = nn.Linear(24, 6)
+        train_heads(
+            encoder, frozen(encoder.features, world_data), {"one": head}, torch.optim.SGD(head.parameters(), lr=0.1),
+            cosine, world_data, world_data.train_rows, batch_size=48, steps=1, seed=0, name="x",
+        )  # fmt: skip
+        assert head.bias.grad is not None
+        gradients.append(head.bias.grad)
+    torch.testing.assert_close(*gradients)
