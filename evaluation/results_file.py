@@ -1,5 +1,6 @@
 """results.json: where it is, and how new scores come to stand beside those that are there."""
 
+import contextlib
 import json
 import os
 import sys
@@ -39,7 +40,11 @@ def merge(place: Path, results: dict[str, Any]) -> None:
     """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with locked(place.with_name(".results.lock"), wait=True):
+        with contextlib.ExitStack() as held:
+            # The lock of another user of the folder may not be opened, though results.json may be replaced: as where
+            # a file system has no locks, two at once remain the user's business.
+            with contextlib.suppress(PermissionError):
+                held.enter_context(locked(place.with_name(".results.lock"), wait=True))
             new = _merged(place, results)
             write_aside(place, (json.dumps(new, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:

@@ -98,7 +98,7 @@ def _scored(
         if hashes is None:
             continue
         # Localisation is one pass over the images, against a table of boxes that may change: it is not kept.
-        with told_when_stopped(left, place):
+        with told_when_stopped(left, place, in_floor=True):
             under = untrained_floor(
                 name, encoder.config, settings, partial(score, name), data_hashes=hashes, batch_size=data.batch_size,
                 precision=data.precision, cache_dir=floor_cache, keep=name != "localisation",

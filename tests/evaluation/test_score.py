@@ -356,6 +356,15 @@ def test_two_evaluations_of_one_run_lose_no_scores(tmp_path: Path) -> None:
     assert json.loads(place.read_text()) == {"linear": {"top1": 2}, "knn": {"top1": 1}}
 
 
+def test_a_lock_that_another_user_has_made_keeps_no_score_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, *, wait: bool) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("evaluation.results_file.locked", refused)
+    merge(tmp_path / "results.json", {"knn": {"top1": 1}})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"knn": {"top1": 1}}
+
+
 def test_floors_stay_with_the_scores_that_they_are_under(tmp_path: Path) -> None:
     def on(test: str, top1: float) -> dict[str, Any]:
         return {"top1": top1, "protocol": {"checkpoint": "one", "test": {"hash": test}}}
