@@ -137,14 +137,18 @@ def evaluate(
             precision=precision, team=team, progress=progress,
         )  # fmt: skip
 
-    def pair(trained: Features, tested: Features) -> ProbeData:
+    def comparable(trained: Features, tested: Features) -> tuple[Features, dict[str, int]]:
+        """The test images that can be scored, and how many were left out of each class that train lacks."""
         if without_labels and (trained.label < 0).any():
-            return ProbeData(trained.x, np.full_like(trained.label, -1), tested.x, tested.label, 0, {})
+            return tested, {}
         tested = with_only_folder(tested, test, trained.classes)
         check_labelled(trained.label, "train", train or "")
         check_labelled(tested.label, "test", test)
-        if drop_unknown_classes:
-            tested, _ = without_unknown(trained, tested)
+        return without_unknown(trained, tested) if drop_unknown_classes else (tested, {})
+
+    def pair(trained: Features, tested: Features) -> ProbeData:
+        if without_labels and (trained.label < 0).any():
+            return ProbeData(trained.x, np.full_like(trained.label, -1), tested.x, tested.label, 0, {})
         label, classes = match_labels(trained.classes, trained.label, tested.classes, tested.label)
         return ProbeData(trained.x, trained.label, tested.x, label, len(classes), attributes)
 
@@ -169,12 +173,9 @@ def evaluate(
                 f"note: {both:,} test images ({share}%) are in train, too; scores may be as much too good",
                 file=sys.stderr,
             )
-        left_out: dict[str, int] = {}
-        if drop_unknown_classes and not without_labels:
-            check_labelled(trained.label, "train", train)
-            tested, left_out = without_unknown(trained, with_only_folder(tested, test, trained.classes))
-            if left_out and progress:
-                print(f"note: {left_out_words(left_out)}", file=sys.stderr)
+        tested, left_out = comparable(trained, tested)
+        if left_out and progress:
+            print(f"note: {left_out_words(left_out)}", file=sys.stderr)
         if "attributes" in learned:
             attributes |= read_attributes(train_root, trained, test_root, tested)
         data = pair(trained, tested)
@@ -194,7 +195,8 @@ def evaluate(
             results[probe]["protocol"] = protocol_of(about, results[probe]["protocol"])
 
         def measure(featurizer: Featurizer, aside: Path) -> ProbeData:
-            return pair(read(featurizer, train_root, aside), read(featurizer, test_root, aside))
+            seen = read(featurizer, train_root, aside)
+            return pair(seen, comparable(seen, read(featurizer, test_root, aside))[0])
 
         if floors and on_features:
             found = compute_floors(
