@@ -117,7 +117,8 @@ def train(
         with gone_ranks_told(trainer.world_size):
             watchdog.watch(trainer.global_rank, trainer.world_size, launcher_of(trainer))
             together = meet(trainer.strategy, watchdog.outlasted_by)
-            found = newest_checkpoint(directory, stop, together)
+            with watchdog.looking():
+                found = newest_checkpoint(directory, stop, together)
         data.allow_changes = config.allow_changes
         checkpoint, saved, damaged = found if found is not None else (None, {}, [])
         if checkpoint is not None:

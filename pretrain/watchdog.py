@@ -5,12 +5,14 @@ has one. The first to find that a step does not end tells the others, and each p
 ends: launchers (torchrun, Lightning, SLURM) end all ranks as soon as one is gone.
 """
 
+import contextlib
 import faulthandler
 import os
 import platform
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from traceback import StackSummary, walk_stack
 from typing import Any
@@ -30,14 +32,14 @@ class Watchdog(Callback):
     """Watches a run of several ranks, from `watch` to its end.
 
     Args:
-        start: seconds in which training must have begun on all ranks.
+        start: seconds in which the ranks must have met; then, behind the look for a checkpoint, have begun to train.
         step: seconds that a micro-batch, and whatever comes between two of them (a checkpoint, say), may take.
     """
 
     def __init__(self, start: float, step: float) -> None:
         self.start, self.step = start, step
         self._rank = "this rank"
-        self._begun = False
+        self._begun = self._looks = False
         self._launcher: int | None = None
         self._beat = time.monotonic()
         self._over = threading.Event()
@@ -56,6 +58,15 @@ class Watchdog(Callback):
             self._rank = f"rank {rank} of {world_size} on {platform.node()}"
             self._beat = time.monotonic()
             self._thread.start()
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """A checkpoint is read for its checksums, for as long as a step may take; then the start has its time anew."""
+        self._beat, self._looks = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self._beat, self._looks = time.monotonic(), False
 
     def rest(self) -> None:
         """The run is over, however it ended."""
@@ -81,7 +92,7 @@ class Watchdog(Callback):
             if self._launcher not in (None, os.getppid()):
                 print(f"\ntrivit: {self._rank}: the process that started this one is gone", file=sys.stderr, flush=True)
                 os._exit(1)
-            limit = self.step if self._begun else self.start
+            limit = self.step if self._begun or self._looks else self.start
             left = limit - (time.monotonic() - self._beat)
             if left < 0:
                 self._end(limit)
@@ -102,6 +113,8 @@ class Watchdog(Callback):
                 f"no micro-batch has ended for {limit:g} s (--step_timeout): another rank is gone or stuck. The same "
                 "command goes on from the last checkpoint; this is where this rank waits:"
             )
+        elif self._looks:
+            text = f"no checkpoint has been read within {limit:g} s (--step_timeout); this is where this rank is:"
         elif distributed.is_initialized():
             text = f"{late}, though the ranks have met at {where}; this is where this rank is:"
         else:
@@ -109,7 +122,7 @@ class Watchdog(Callback):
                 f"{late}: the ranks have not all met at {where}. "
                 "See what the other ranks say, and whether this node can reach that address"
             )
-        self._say(text, stacks=self._begun or distributed.is_initialized())
+        self._say(text, stacks=self._begun or self._looks or distributed.is_initialized())
         self._leave()
 
     def _say(self, text: str, stacks: bool) -> None:

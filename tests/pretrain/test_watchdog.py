@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,24 @@ def test_a_rank_that_never_lets_go_of_the_interpreter_ends_with_its_stack(
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     assert "in test_a_rank_that_never_lets_go" in said.read_text()
+
+
+@pytest.mark.parametrize(("start", "step", "looking", "after"), [(0.3, 100, [], [0.3]), (100, 0.3, [0.3], [])])
+def test_looking_for_a_checkpoint_has_the_time_of_a_step_and_the_start_its_own_behind_it(
+    start: float, step: float, looking: list[float], after: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[float] = []
+    monkeypatch.setattr(watchdog, "_LOOK", 0.02)
+    monkeypatch.setattr(Watchdog, "_end", lambda self, limit: ended.append(limit))
+    watched = Watchdog(start, step)
+    watched.watch(0, 2)
+    with watched.looking():
+        time.sleep(0.7)
+        assert ended[:1] == looking
+    ended.clear()
+    time.sleep(0.7)
+    watched.rest()
+    assert ended[:1] == after
 
 
 def test_a_run_of_one_rank_is_not_watched() -> None:
