@@ -18,7 +18,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import RunError
-from pretrain.look_once import look_once
 from tasks.sharded_files import ABOUT, read_about, read_shard, read_sharded, save_flushed, whole
 
 LAST, PREVIOUS, PART = "last.ckpt", "previous.ckpt", "last.ckpt.part"
@@ -59,13 +58,13 @@ def load_pieces(path: Path) -> dict[str, Any]:
 def find_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole (None: there is none at all), and what is wrong with those that are not.
 
-    Reads them in full, for their checksums, on one rank of a node. RunError when there are some and none is whole.
+    Reads them in full, for their checksums. RunError when there are some and none is whole.
     """
     findings: list[str] = []
     # Between two renames of a folder nothing is called last.ckpt; what was about to be is whole then. It is newer than
     # the others, or was cut off when it was written, which is no damage.
-    for path in (directory / name for name in (LAST, PART, PREVIOUS) if (directory / name).exists()):
-        reason = look_once(path, lambda path=path: damage(path))  # type: ignore[misc]
+    for path in (directory / name for name in (LAST, PART, PREVIOUS) if _exists(directory / name)):
+        reason = damage(path)
         if reason is None:
             return path, findings
         if path.name != PART:
@@ -73,6 +72,17 @@ def find_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     if not findings:
         return None, []
     raise RunError(f"{'; '.join(findings)}: restore a copy, or remove it to begin this run anew")
+
+
+def _exists(path: Path) -> bool:
+    """Also where the disk does not let us see it: that is not the same as nothing."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def damage(path: Path) -> str | None:

@@ -175,6 +175,14 @@ def test_a_damaged_newest_gives_way_to_the_one_before(kind: str, tmp_path: Path)
         find_checkpoint(tmp_path)
 
 
+def test_what_the_disk_does_not_let_us_see_is_damaged_and_not_nothing(tmp_path: Path) -> None:
+    (tmp_path / LAST).symlink_to(LAST)
+    with pytest.raises(RunError, match=r"last.ckpt is damaged .*Too many levels"):
+        find_checkpoint(tmp_path)
+    write(tmp_path / PREVIOUS, 1, "file")
+    assert find_checkpoint(tmp_path)[0] == tmp_path / PREVIOUS
+
+
 def test_shards_of_two_saves_are_no_checkpoint(tmp_path: Path) -> None:
     for step, name in ((1, PREVIOUS), (2, LAST)):
         write(tmp_path / name, step, "folder")
