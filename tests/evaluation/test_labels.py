@@ -134,6 +134,16 @@ def test_classes_that_train_lacks_are_left_out_on_demand_and_counted(
         evaluate(encoder_file, test=more, drop_unknown_classes=True, **(how | {"train": bare}))
 
 
+def test_what_is_known_of_sets_goes_where_the_features_go(
+    world: Path, tmp_path: Path, cache: Path, encoder_file: Path
+) -> None:
+    evaluate(
+        encoder_file, train=world / "train", test=world / "test", probes=("knn",), floors=False, workers=0,
+        device="cpu", cache_dir=tmp_path / "here",
+    )  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["facts", "features"] and not cache.exists()
+
+
 def test_images_of_other_bytes_are_not_in_train(
     world: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
