@@ -1,5 +1,6 @@
 """Ranks that wait for others in vain end by themselves."""
 
+import faulthandler
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,23 +70,30 @@ def test_a_rank_that_is_stuck_ends_the_other_which_says_where_it_waits(images: P
     assert "pretrain/run.py" in error[error.index(line) :], "the stack leads through the program"
 
 
-# In place of `trivit`: at the third step the second rank goes to sleep, and its own watchdog sleeps longer still.
+# In place of `trivit`: at the third step the second rank goes to sleep, and its own watchdog sleeps longer still. That
+# of the first one has patience until then, however busy the machine is.
 STUCK = """
 import sys, os, time
 import torch, torch.distributed as dist
+from pathlib import Path
 from datamodules.stream import TrainStream
+from pretrain import watchdog
 from pretrain.cli import main
-images = TrainStream._images
+images, asleep = TrainStream._images, Path(__file__).with_name("asleep")
 def fall_asleep(stream, draws, *rest):
     if draws.position[0] // 16 == 3:
         for group in filter(lambda group: group.size() > 1, dist.distributed_c10d._world.pg_map):
             timeout = group._get_backend(torch.device("cpu")).options._timeout
             print("group waits", timeout.total_seconds(), file=sys.stderr)
+        asleep.touch()
         time.sleep(1000)
     return images(stream, draws, *rest)
 if os.environ["RANK"] == "1":
     TrainStream._images = fall_asleep
     sys.argv += ["--step_timeout", "7000"]
+else:
+    watchdog.Watchdog.step = property(lambda self: 4 if asleep.exists() else 1000, lambda self, seconds: None)
+watchdog.GRACE = 10
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -118,10 +127,17 @@ def test_a_rank_that_never_lets_go_of_the_interpreter_ends_with_its_stack(
     said = tmp_path / "said"
     child = os.fork()
     if not child:
+        signal.alarm(60)  # should nothing else end it
         os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
-        watched = Watchdog(0.5, 0.5)
-        watched.watch(0, 2)
-        threading.Event().wait(0.1)
+        armed, arm = threading.Event(), faulthandler.dump_traceback_later
+
+        def arm_and_tell(*about: Any, **more: Any) -> None:
+            arm(*about, **more)
+            armed.set()
+
+        faulthandler.dump_traceback_later = arm_and_tell
+        Watchdog(2, 2).watch(0, 2)
+        armed.wait()
         re.match(r"(a+)+$", "a" * 60 + "b")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
