@@ -104,6 +104,7 @@ esac
     "srun": """#!/bin/bash
 echo "$MASTER_ADDR:$MASTER_PORT" >> "$CALLS"
 [ -n "$CHECKPOINT" ] && mkdir -p "$(dirname "$CHECKPOINT")" && echo "$CALLS" >> "$CHECKPOINT"
+[ -n "$MOVES" ] && [ -e "$MOVES.part" ] && mv "$MOVES.part" "$MOVES"
 [ -n "$ENDS" ] && echo "$ENDS" >&2
 exit "$CODE"
 """,
@@ -111,7 +112,9 @@ exit "$CODE"
 }
 
 
-def attempt(folder: Path, code: int, *, state="RUNNING", checkpoint=False, ends="", refused="", attempts=10):
+def attempt(
+    folder: Path, code: int, *, state="RUNNING", checkpoint=False, moves=False, ends="", refused="", attempts=10
+):
     """Run the script of job 7 once, with a SLURM that plays its part; exit code, what it said, what it asked SLURM."""
     for name, text in FAKES.items():
         (folder / name).write_text(text)
@@ -125,7 +128,7 @@ def attempt(folder: Path, code: int, *, state="RUNNING", checkpoint=False, ends=
     environment = {
         "PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "CALLS": str(calls),
         "CODE": str(code), "JOB_STATE": state, "CHECKPOINT": str(run / "checkpoints/last.ckpt") if checkpoint else "",
-        "ENDS": ends, "REFUSED": refused, "LOG": str(log),
+        "MOVES": str(run / "checkpoints/last.ckpt") if moves else "", "ENDS": ends, "REFUSED": refused, "LOG": str(log),
     }  # fmt: skip
     before = len(log.read_text()) if log.exists() else 0
     with log.open("a") as file:
@@ -191,6 +194,18 @@ def test_attempts_without_a_new_checkpoint_come_to_an_end(tmp_path, code):
     assert not asked and lines[-1].endswith("that was attempt 3 without a new checkpoint: not queued again")
     for _ in range(4):
         assert attempt(tmp_path, code, attempts=3, checkpoint=True)[2] == ["requeue"]
+
+
+@pytest.mark.parametrize("names", [["last.ckpt.part"], ["last.ckpt.part", "last.ckpt"]])
+def test_what_only_gets_its_place_is_no_new_checkpoint(tmp_path, names):
+    checkpoints = tmp_path / "run/checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name in names:
+        (checkpoints / name).write_text(name)
+    _, lines, asked = attempt(tmp_path, 1, moves=True)
+    assert (checkpoints / "last.ckpt").read_text() == "last.ckpt.part"
+    assert not asked and "without a new checkpoint: not queued again" in lines[-1]
+    assert attempt(tmp_path, 1, moves=True, checkpoint=True)[2] == ["requeue"]
 
 
 def test_what_slurm_refuses_is_not_called_queued(tmp_path):
