@@ -1,6 +1,7 @@
 """Ranks that would not train alike are found before training: a node may hold other data, settings or code."""
 
 import hashlib
+import os
 import socket
 from functools import cache
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from datamodules.manifest import Manifest
 from pretrain.errors import AgreedFailure
 from pretrain.stop import StopRequest
 
@@ -36,6 +38,7 @@ class SameData(Callback):
         """Collective: AgreedFailure (exit code 2) on all ranks, with the first rank that differs from rank 0."""
         state = trainer.datamodule.state_dict()  # type: ignore[attr-defined]
         mine = {**state, "max_steps": trainer.max_steps, "host": socket.gethostname()}
+        mine["absent"], mine["sizes"] = on_disk(trainer.datamodule.manifest)  # type: ignore[attr-defined]
         mine |= {"settings": self.settings, "code": code_version(), "resumed": self.resumed}
         first, *others = self.stop.gather(mine)
         for rank, other in enumerate(others, start=1):
@@ -47,12 +50,30 @@ class SameData(Callback):
                 )
 
 
+def on_disk(manifest: Manifest) -> tuple[list[str], str]:
+    """Shards that a manifest lists and that are not here, and a hash of the sizes of those that are."""
+    if manifest.url:
+        return [], ""
+    with os.scandir(manifest.root) as entries:
+        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
+    found = [sizes.get(shard.name) for shard in manifest.shards]
+    absent = [shard.name for shard, size in zip(manifest.shards, found, strict=True) if size is None]
+    return absent, hashlib.sha256(repr(found).encode()).hexdigest()
+
+
 def _differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """What is said of each; the folder itself may differ, nodes have their own disks."""
     differ = []
     if other["manifest"] != first["manifest"]:
         data, instead = (f"{each['train']} ({each['samples']:,} images)" for each in (other, first))
         differ.append(f"it has other data, {data} instead of {instead}")
+    elif lost := sorted({*other["absent"]} ^ {*first["absent"]}):
+        lacks = "it lacks" if lost[0] in other["absent"] else "rank 0 lacks"
+        differ.append(f"{lacks} {len(lost)} of the shards of {other['train']} (first: {lost[0]})")
+    elif other["sizes"] != first["sizes"]:
+        differ.append(
+            f"its shards in {other['train']} have other sizes (trivit shards verify tells which were cut off)"
+        )
     for name in ("seed", "global_batch_size", "lanes", "window", "max_steps"):
         if other[name] != first[name]:
             room = "trainer" if name == "max_steps" else "data"

@@ -189,7 +189,9 @@ def _render(template: str, job: Job, made_by: str, run: Path, **values: object) 
         keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
-    return environment.get_template(template).render(job=job, made_by=made_by, logs=logs(run), **values)
+    # Paths in the commands may be relative to where they were given.
+    given = {"job": job, "made_by": made_by, "logs": logs(run), "folder": Path.cwd()}
+    return environment.get_template(template).render(**given, **values)
 
 
 def logs(run: Path) -> Path:

@@ -69,7 +69,8 @@ def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         SlurmError: something is missing or cannot work, or SLURM refuses.
     """
     rest = _separate(rest)
-    output = Path(_value(rest, "--output")).absolute()
+    _check_config(rest)
+    output = Path(_value(rest, "--output", "name the folder of the run, on a disk that all nodes share")).absolute()
     job = Job(
         name=arguments.name or output.name, nodes=arguments.nodes, gpus_per_node=arguments.gpus_per_node,
         tasks=arguments.tasks_per_node, cpus_per_task=arguments.cpus_per_task, mem=arguments.mem,
@@ -91,6 +92,9 @@ def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         texts[evaluate] = evaluate_script(job, made_by, output, command, [*program, "report", str(output)])
     elif any(value is not None for value in (arguments.evaluate_train, arguments.probes, arguments.watch)):
         raise SlurmError("--evaluate-train, --probes and --watch need --evaluate-test DIR")
+    data = _value(rest, "--data.train")
+    if data and not Path(data).exists() and "://" not in data and "{" not in data:
+        print(f"--data.train {data} is not here: the job ends if its nodes do not see it, either", file=sys.stderr)
     if arguments.dry_run:
         print("\n".join(f"# ---- {path}\n{text}" for path, text in texts.items()), end="")
         return 0
@@ -104,6 +108,14 @@ def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         after = _sbatch("--kill-on-invalid-dep=yes", f"--dependency=afterok:{job_id}", str(evaluate))
         print(f"job {after}: evaluates when job {job_id} has finished, output in {logs(output)}/{after}-evaluate.out")
     return 0
+
+
+def _check_config(rest: Sequence[str]) -> None:
+    """Refuses a config that is not there: the job would do so after its time in the queue."""
+    config = _value(rest, "--config", "give a YAML file or the name of a shipped one")
+    shipped = sorted(path.stem for path in (Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+    if not Path(config).is_file() and config.removesuffix(".yaml") not in shipped:
+        raise SlurmError(f"--config {config}: no such file, and no shipped config of that name ({', '.join(shipped)})")
 
 
 def _pretrain(job: Job, rest: Sequence[str]) -> list[str]:
@@ -127,10 +139,13 @@ def _separate(words: Sequence[str]) -> list[str]:
     return result
 
 
-def _value(words: Sequence[str], name: str) -> str:
-    if name not in words[:-1]:
-        raise SlurmError(f"{name} is missing: name the folder of the run, on a disk that all nodes share")
-    return words[len(words) - 1 - words[::-1].index(name) + 1]
+def _value(words: Sequence[str], name: str, advice: str = "") -> str:
+    """The last one given; without `advice` it need not be given and is then empty."""
+    if name in words[:-1]:
+        return words[len(words) - words[::-1].index(name)]
+    if advice:
+        raise SlurmError(f"{name} is missing: {advice}")
+    return ""
 
 
 def _environment(pairs: Sequence[str]) -> dict[str, str]:

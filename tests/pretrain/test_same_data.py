@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from datamodules.manifest import Manifest
+from datamodules.shard_entry import Shard
 from datamodules.synth import synth
 from pretrain.errors import AgreedFailure
-from pretrain.same_data import SameData
+from pretrain.same_data import SameData, on_disk
 from pretrain.stop import StopRequest
 from tests.pretrain.processes import SMALL, end, start
 
@@ -61,7 +63,31 @@ def test_a_shard_that_one_node_lacks_ends_all_ranks_in_a_line(drawn: Path, tmp_p
     (code, error), (other_code, other_error) = (end(rank, 90) for rank in ranks)
     assert code == other_code == 2 and "Traceback" not in error + other_error
     (line,) = [line for line in (error + other_error).splitlines() if line.startswith("trivit: ")]
-    assert f"rank 1 on {socket.gethostname()}: " in line and f"{other}/synth-000001.tar does not exist" in line
+    assert f"rank 1 on {socket.gethostname()} would not train as rank 0" in line
+    assert f"it lacks 1 of the shards of {other} (first: synth-000001.tar)" in line
+    assert not (tmp_path / "run/metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ("cut off", "whole", "its shards in .* have other sizes"),
+        ("gone", "whole", "rank 0 lacks 1 of the shards of .* a-000000.tar"),
+        ("whole", "gone", "it lacks 1 of the shards of .* a-000000.tar"),
+    ],
+)
+def test_shards_that_are_not_whole_everywhere(first: str, second: str, words: str, tmp_path: Path) -> None:
+    """Few enough that each node alone would go on; that both lack the same is theirs to bear."""
+    found = {}
+    for name in ("whole", "cut off", "gone"):
+        (tmp_path / name).mkdir()
+        if name != "gone":
+            (tmp_path / name / "a-000000.tar").write_bytes(b"x" * (2 if name == "whole" else 1))
+        shards = (Shard("a-000000.tar", 1, 2, ""),)
+        found[name] = dict(zip(("absent", "sizes"), on_disk(Manifest(tmp_path / name, shards)), strict=True))
+    meet({"root": tmp_path / first}, found[first])
+    with pytest.raises(AgreedFailure, match=words):
+        meet({"root": tmp_path / first}, found[second])
 
 
 def test_another_step_to_go_on_from_is_told() -> None:
@@ -90,6 +116,9 @@ def meet(*ranks: dict[str, Any]) -> None:
     """The ranks, of whom this process is the first one, come together; each has some settings of its own."""
     stop = StopRequest()
     stop.gather = lambda value: [value, *({**value, **other} for other in ranks[1:])]  # type: ignore[method-assign]
-    data = SimpleNamespace(state_dict=lambda: {**PLACE, **SETTINGS, **ranks[0]})
+    manifest = Manifest(
+        ranks[0].get("root", Path("/")), (Shard("a-000000.tar", 1, 2, ""),) if "root" in ranks[0] else ()
+    )
+    data = SimpleNamespace(state_dict=lambda: {**PLACE, **SETTINGS, **ranks[0]}, manifest=manifest)
     trainer: Any = SimpleNamespace(datamodule=data, max_steps=SETTINGS["max_steps"])
     SameData(stop).setup(trainer, None, "fit")  # type: ignore[arg-type]

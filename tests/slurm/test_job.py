@@ -61,15 +61,24 @@ def test_what_the_job_asks_for():
     assert options(script(job)) == [
         "--job-name=b16", "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--mem=900G",
         "--partition=gpu", "--account=vision", "--qos=high", "--time=24:00:00", "--signal=USR1@300", "--requeue",
-        "--open-mode=append", "--output=/runs/a run/slurm/%j.out", "--constraint=h100",
+        "--open-mode=append", f"--chdir={Path.cwd()}", "--output=/runs/a run/slurm/%j.out", "--constraint=h100",
     ]  # fmt: skip
 
 
 def test_a_small_job_asks_for_little():
     assert options(script(Job("small"))) == [
         "--job-name=small", "--nodes=1", "--ntasks-per-node=1", "--requeue", "--open-mode=append",
-        "--output=/runs/a run/slurm/%j.out",
+        f"--chdir={Path.cwd()}", "--output=/runs/a run/slurm/%j.out",
     ]  # fmt: skip
+
+
+def test_setup_lines_are_run_as_in_a_shell():
+    """They read variables that are not set and go on after a failure, of which the log tells."""
+    lines = ['[ -z "$NOT_SET_ANYWHERE" ]', "false  # not there"]
+    for text in (script(Job("a", setup=lines)), evaluate_script(Job("a", setup=lines), "x", RUN, ["a"], ["b"])):
+        before = text[: text.index("pipefail")].rpartition("\n")[0]
+        done = subprocess.run(["bash", "-c", f"{before}\necho reached"], capture_output=True, text=True)
+        assert done.stdout.splitlines() == ["trivit: --setup false  # not there ended with code 1", "reached"]
 
 
 @pytest.mark.parametrize("job", [Job("small"), Job("large", 2, 8, time="9:00:00", container="apptainer exec x.sif")])

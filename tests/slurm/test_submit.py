@@ -79,6 +79,22 @@ def test_bad_input_ends_in_one_line(arguments, message, capsys):
     assert line.startswith("trivit: ") and message in line
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [([], "--config is missing"), (["--config", "mae_dem"], "no shipped config of that name (clip_demo, ")],
+)
+def test_a_config_that_is_not_there_is_told_before_the_queue(config, message, capsys):
+    assert submit(*config, "--data.train", "/data/train", "--output", "run", "--dry-run") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_data_that_only_the_nodes_may_see_are_told(tmp_path, capsys):
+    assert submit(*TRAIN, "--output", tmp_path / "run", "--dry-run") == 0
+    assert "--data.train /data/train is not here" in capsys.readouterr().err
+    assert submit(*TRAIN, "--data.train", tmp_path, "--output", tmp_path / "run", "--dry-run") == 0
+    assert not capsys.readouterr().err
+
+
 def test_without_slurm_the_user_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit(*TRAIN, "--output", tmp_path / "run") == 2
@@ -97,7 +113,7 @@ def test_what_slurm_refuses_is_told(tmp_path, monkeypatch, capsys):
 def test_submitting_needs_no_torch():
     code = (
         "import sys; from pretrain.cli import main\n"
-        "main(['slurm', 'submit', '--config', 'x', '--output', '/tmp/none', '--dry-run'])\n"
+        "main(['slurm', 'submit', '--config', 'mae_demo', '--output', '/tmp/none', '--dry-run'])\n"
         "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
