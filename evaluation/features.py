@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +35,9 @@ from evaluation.team import Team
 from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import weights_hash
 
-FORMAT = 2
+FORMAT = 3
 CACHE_LIMIT_BYTES = 50 << 30
+FILES = ("x.float32", "label.npy", "keys.json")
 DAY = 86_400  # seconds; what is in the making is younger
 
 Precision = Literal["float32", "bfloat16"]
@@ -126,7 +129,7 @@ def extract(
     manifest = loader.manifest
     cache_dir = cache_dir or cache_home() / "features"
     place = cache_dir / _entry(encoder, manifest, precision)
-    if not (place / "about.json").exists():
+    if not _is_whole(place):
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir, ignore_cleanup_errors=True) as aside:
@@ -173,7 +176,7 @@ def cached_features(encoder: Featurizer, manifest: Manifest, cache_dir: Path | N
     """What `extract` left in the cache for this encoder and data set; None when it is not there."""
     for precision in PRECISIONS:
         place = (cache_dir or cache_home() / "features") / _entry(encoder, manifest, precision)
-        if (place / "about.json").exists():
+        if _is_whole(place):
             return _open(place, manifest)
     return None
 
@@ -240,6 +243,7 @@ def _compute(work: _Work, loader: EvaluationLoader, place: Path, team: Team, pro
     np.save(place / "label.npy", np.concatenate(found.label))
     (place / "keys.json").write_text(json.dumps(found.key, ensure_ascii=False))
     about = {"images": len(found.key), "width": work.encoder.feature_width, "bad": len(found.bad)}
+    about |= {"crc32": {name: _crc32(place / name) for name in FILES}}
     (place / "about.json").write_text(json.dumps(about))
     return bool(found.lost)
 
@@ -267,6 +271,29 @@ def _part(work: _Work, loader: EvaluationLoader, file: Path, progress: bool) -> 
             keys += batch["key"]
             bar.update(len(x))
     return _Part(label, keys, loader.bad, loader.lost)
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether an entry of the cache is there as it was written; a damaged one is removed, and made again."""
+    if not (place / "about.json").exists():
+        return False
+    try:
+        about = json.loads((place / "about.json").read_text())
+        if all(_crc32(place / name) == about["crc32"][name] for name in FILES):
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    print(f"the cached features in {place} are damaged and are computed again", file=sys.stderr)
+    shutil.rmtree(place, ignore_errors=True)
+    return False
+
+
+def _crc32(file: Path) -> int:
+    found = 0
+    with file.open("rb") as data:
+        while block := data.read(1 << 24):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def _open(place: Path, manifest: Manifest) -> Features:

@@ -92,6 +92,27 @@ def test_half_removed_features_are_made_again(world: Path, cache: Path, encoder_
     assert about.exists()
 
 
+@pytest.mark.parametrize("name", ["x.float32", "label.npy", "keys.json", "about.json"])
+@pytest.mark.parametrize("damage", ["cut", "zeros", "gone"])
+def test_damaged_features_are_told_and_made_again(
+    name: str, damage: str, world: Path, cache: Path, encoder_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoder = load_encoder(encoder_file)
+    want = np.array(take(encoder, world / "test").x)
+    capsys.readouterr()
+    (file,) = cache.rglob(name)
+    data = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[: len(data) // 2] if damage == "cut" else bytes(len(data)))
+    assert cached_features(encoder, load_manifest(world / "test")) is None
+    told = capsys.readouterr().err
+    assert (told == "") == (name == "about.json" and damage == "gone")  # no entry at all
+    assert told == "" or "are damaged and are computed again" in told
+    np.testing.assert_array_equal(take(encoder, world / "test").x, want)
+
+
 def test_what_killed_processes_left_goes_a_day_later(world: Path, cache: Path, encoder_file: Path) -> None:
     encoder = load_encoder(encoder_file)
     take(encoder, world / "test")
