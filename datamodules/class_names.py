@@ -15,7 +15,7 @@ _NAME_COLUMNS = ("names", "name", "class_name", "label", "words", "text")
 def read_class_names(path: str | Path, classes: Sequence[str]) -> list[list[str]]:
     """The names of each class, in the order of `classes`; synonyms are separated by commas.
 
-    The table is TSV or CSV with a header: one column holds the classes as the data set calls them, another one (names,
+    The table is TSV or CSV: one column holds the classes as the data set calls them, another one (with a header: names,
     name, class_name, label, words or text) what they are. Or it has one line of names for each class, in their order.
 
     Raises:
@@ -43,6 +43,15 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> list[list[str]
             f"{path} does not name {len(missing)} of {len(classes)} classes (first: {missing[0]})" if missing
             else f"{path}: no column holds the classes as the data set calls them (such as {classes[0]})"
         )  # fmt: skip
+    for column in range(max(map(len, rows), default=0)) if all(len(row) > 1 for row in rows) else ():
+        others = {row[column]: ",".join(row[:column] + row[column + 1 :]) for row in rows if len(row) > column}
+        if set(classes) <= set(others):
+            return [_synonyms(others[name], f"{path} gives {name} no name") for name in classes]
+    if separator == "\t" and any(len(row) > 1 for row in rows):
+        raise DataError(
+            f"{path}: no column holds the classes as the data set calls them (such as {classes[0]}); without one give "
+            "each line the names of a class, separated by commas, in the order of the classes"
+        )
     if len(rows) != len(classes):
         raise DataError(
             f"{path} has {len(rows)} lines for {len(classes)} classes: give one line of names for each class, or a "
