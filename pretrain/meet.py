@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
-from pretrain.errors import RunFailure
+from pretrain.errors import AgreedFailure, Interrupted, NonFiniteError, RunFailure
 
 PAUSE = 0.05  # seconds
 
@@ -46,6 +46,16 @@ def meet(strategy: Any, timeout: timedelta) -> bool:
         world_size=world, timeout=timeout, device_id=device if on_gpu else None,
     )  # fmt: skip
     return True
+
+
+def part(error: BaseException | None) -> None:
+    """Collective: the end of the process groups, which NCCL wants before that of the process.
+
+    Not where a rank came to its end alone (`error`): others may be gone, and NCCL would wait for them.
+    """
+    if isinstance(error, AgreedFailure | Interrupted | NonFiniteError | None) and dist.is_initialized():
+        with contextlib.suppress(RuntimeError, ValueError):  # how the run ended is what counts
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

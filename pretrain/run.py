@@ -38,7 +38,7 @@ from pretrain.guard import FiniteGuard
 from pretrain.health_watch import HealthWatch
 from pretrain.key_log import KeyLog
 from pretrain.late_files import newest_checkpoint, wait_for_data
-from pretrain.meet import gone_ranks_told, meet
+from pretrain.meet import gone_ranks_told, meet, part
 from pretrain.metrics import Metrics
 from pretrain.phases import PhaseTimer
 from pretrain.probe_config import ProbeConfig
@@ -151,6 +151,8 @@ def train(
         _say_how_it_ended(trainer, stop, directory, data)
         return directory.path
     finally:
+        if stop.last:
+            part(sys.exc_info()[1])
         watchdog.rest()
         stop.silence()
         directory.release()

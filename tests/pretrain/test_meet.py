@@ -1,11 +1,13 @@
 """Ranks that are started again do not call those that are gone."""
 
+import signal
 import threading
 
 import pytest
 import torch.distributed as dist
 
-from pretrain.meet import agree_on_round
+from pretrain.errors import AgreedFailure, Interrupted, RunFailure
+from pretrain.meet import agree_on_round, part
 
 
 def together(store: dist.Store, world: int, order: list[int]) -> list[str]:
@@ -37,3 +39,28 @@ def test_ranks_that_died_while_they_waited_do_not_matter() -> None:
     store.set("trivit/here/1", "dead")
     for _ in range(2):
         assert len(set(together(store, 2, [0, 1]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "parted"),
+    [
+        (None, True),
+        (Interrupted("saved", signal.SIGTERM), True),
+        (AgreedFailure("a full disk", 1), True),
+        (RunFailure("another rank ended"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_ranks_part_where_all_of_them_end_and_only_there(
+    error: BaseException | None, parted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destroyed: list[int] = []
+
+    def destroy() -> None:
+        destroyed.append(1)
+        raise RuntimeError("another one is gone after all")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", destroy)
+    part(error)
+    assert len(destroyed) == parted
