@@ -253,7 +253,7 @@ def evaluate(
         found, tested = score_texts(
             load_clip(source, image_size=image_size), test_root, paired, read, device=device,
             templates=trained_with.templates or None if templates is None else templates,
-            class_names=trained_with.class_names if class_names is None else class_names, class_fields=class_fields,
+            class_names=class_names or (None if class_fields else trained_with.class_names), class_fields=class_fields,
             captions=chosen_captions(trained_with, captions, templates, class_names),
         )  # fmt: skip
         about = shared | {"test": about_data(tested, test), "classes": len(tested.classes)}

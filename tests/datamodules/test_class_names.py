@@ -26,7 +26,7 @@ def test_one_line_for_each_class(tmp_path):
 def test_a_table_without_a_header_is_read_by_its_column_of_classes(tmp_path):
     for text in ("b\tdog\na\tcat, kitten\n", "dog\tb\ncat, kitten\ta\n"):
         assert read_class_names(write(tmp_path, text), ["a", "b"]) == [["cat", "kitten"], ["dog"]]
-    with pytest.raises(DataError, match="no column holds the classes as the data set calls them .*such as x"):
+    with pytest.raises(DataError, match=r"no column holds the classes as the data set calls them .*such as x"):
         read_class_names(write(tmp_path, "b\tdog\na\tcat\n"), ["x", "y"])
 
 

@@ -46,6 +46,13 @@ def test_classes_from_fields_of_the_json(clip_checkpoint: Path, colours: Path, t
     assert len(found["classes"]) == found["protocol"]["classes"] == 8 and "blue soft" in found["classes"]
     assert found["protocol"]["class_fields"] == ["colour", "edge"]
     assert main([str(part) for part in [*command[:-1], "place"]]) == 2
+    run = clip_run(clip_checkpoint, tmp_path)  # trained with a table that names other classes
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] = {"recipe": {"captions": {"class_names": str(tmp_path / "of_training.tsv")}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["evaluate", str(run), *map(str, command[2:])]) == 0
+    again = json.loads((run / "results.json").read_text())["zeroshot"]
+    assert again["classes"] == found["classes"] and again["top1"] == found["top1"]
 
 
 def test_floors_of_earlier_probes_stay(clip_checkpoint: Path, colours: Path, tmp_path: Path) -> None:
