@@ -67,6 +67,11 @@ def _merged(place: Path, results: dict[str, Any]) -> dict[str, Any]:
     if other:
         print(f"note: dropped {', '.join(sorted(other))}, of another checkpoint", file=sys.stderr)
         old = {name: result for name, result in old.items() if name not in other}
+    scored = [name for name in results if name != "floors" and name in old]
+    others = sorted(name for name in scored if _about(old[name])[1] != _about(results[name])[1])
+    if others:
+        told = f"note: replaced {', '.join(others)}, scored on other test images"
+        print(f"{told}; evaluate with --output to keep both", file=sys.stderr)
     scores = old | results
     floors = results.get("floors", {})
     merged = {
