@@ -36,7 +36,8 @@ def shared_batches() -> Iterator[None]:
     prepare = TrainStream.__getitem__
 
     def take(self: TrainStream, micro_step: int) -> dict[str, Any]:
-        key = (type(self.recipe), self.reader.manifest.hash, self.order.seed, micro_step % BATCHES)
+        place = (self.order.seed, self.micro_batch, micro_step % BATCHES)
+        key = (type(self.recipe), self.reader.manifest.hash, *place)
         if key not in prepared:
             prepared[key] = prepare(self, micro_step % BATCHES)
         return dict(prepared[key])

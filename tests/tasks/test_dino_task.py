@@ -85,7 +85,7 @@ def test_resume_is_exact_and_the_teacher_too(stop_at: int, tmp_path: Path) -> No
     assert all(same(a, b) for a, b in zip(seen_whole, seen_parts, strict=True))
     assert set(seen_whole[0]) == {
         "loss", "dino_loss", "ibot_loss", "teacher_entropy", "kl", "prototypes_used", "feature_std", "center_norm",
-        "ibot_teacher_entropy", "ibot_prototypes_used", "ibot_center_norm",
+        "micro_batch", "ibot_teacher_entropy", "ibot_prototypes_used", "ibot_center_norm",
     }  # fmt: skip
 
 
