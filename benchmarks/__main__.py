@@ -1,6 +1,7 @@
 """`make bench`: every ratio in one table, each measured in turns within one run."""
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ def main() -> None:
     parts = (overhead, mae_step, clip_step, dino_step, loader, bytes_only, scale, probes, ranks, checkpoint)
     rows = []
     for part in tqdm(parts, desc="bench", unit="part", disable=None):
+        start = time.perf_counter()
         rows += (found := part.measure())
-        tqdm.write(show(found))
+        tqdm.write(f"{show(found)}\n{part.__name__}: {time.perf_counter() - start:.0f} s")
         write(rows, arguments.json)
     print(show(rows))
 

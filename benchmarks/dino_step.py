@@ -48,7 +48,7 @@ TIN40 = Setting("TIN-40 sizes, 2x64 + 4x32, batch 64", "dino_tin40", (192, 6, 3)
 SMALL = Setting("ViT-S/16, 65,536 prototypes, 2x224 + 8x96, batch 4", "dino_vits16_in1k", (384, 12, 6), (224, 96, 8), 4)
 
 
-def measure(rounds: int = 5) -> list[Row]:
+def measure(rounds: int = 3) -> list[Row]:
     """Images per CPU second and peak memory of each setting; then with reading, too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -39,7 +39,7 @@ SMALL = Setting(
 )
 
 
-def measure(rounds: int = 5) -> list[Row]:
+def measure(rounds: int = 3) -> list[Row]:
     """Images per CPU second and peak memory of each setting."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

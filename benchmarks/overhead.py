@@ -42,7 +42,7 @@ class _Clock(Callback):
         self.ends.append(_now())
 
 
-def measure(rounds: int = 5, steps: int = 20) -> list[Row]:
+def measure(rounds: int = 3, steps: int = 20) -> list[Row]:
     """Milliseconds a step of the program and of the bare loop, `rounds` turns each of `steps` steps."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

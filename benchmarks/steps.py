@@ -101,12 +101,13 @@ def step_rows(name: str, setting: Any, ours: Callable[..., Step], baseline: Call
     sides = [*(ours(setting, **options) for options in variants.values()), baseline(setting)]
     *times, base = in_turns(sides, rounds)
     del sides
-    rows, most = [], peak_memory(baseline, setting)
-    for (variant, options), seconds in zip(variants.items(), times, strict=True):
+    makers = [partial(baseline, setting), *(partial(ours, setting, **options) for options in variants.values())]
+    most, *memories = peak_memories(makers)
+    rows = []
+    for variant, seconds, memory in zip(variants, times, memories, strict=True):
         told = f"{setting.name}; ours {variant}, baseline float32" if variant else setting.name
         rates = ([setting.batch / each for each in turns] for turns in (seconds, base))
         rows.append(compared(name, told, "images/s", *rates, against))
-        memory = peak_memory(partial(ours, **options), setting)
         rows.append(Row(name, f"{told}; peak memory", "MiB", memory, most, against))
     return rows
 
@@ -120,17 +121,20 @@ def multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def peak_memory(make: Callable[..., Step], *arguments: Any, steps: int = 3) -> float:
-    """MiB that a process of its own grows to at most while it builds a side by `make(*arguments)` and takes steps."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_grow, make, arguments, steps).result()
+def peak_memories(makers: Sequence[Callable[[], Step]]) -> list[float]:
+    """MiB that a process of its own grows to at most while it builds a side and takes two steps, for each side.
+
+    Two at a time: what else the machine does changes their time, not their memory.
+    """
+    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
+        return list(pool.map(_grow, makers))
 
 
-def _grow(make: Callable[..., Step], arguments: Sequence[Any], steps: int) -> float:
+def _grow(make: Callable[[], Step]) -> float:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     before = resident_mib("VmRSS")
-    step = make(*arguments)
-    for _ in range(steps):
+    step = make()
+    for _ in range(2):  # the first one makes the moments that the second finds
         step()
     return resident_mib("VmHWM") - before
