@@ -18,7 +18,11 @@ BLOCK = 2**24  # numbers of a block of rows: 64 MiB in float32
 
 def blocks_of_rows(matrix: Tensor) -> Sequence[Tensor]:
     """Views of some rows each of a matrix [r k], so that what is made of one at a time stays small."""
-    return torch.split(matrix, max(1, BLOCK // matrix.shape[-1]))
+    return torch.split(matrix, _rows_at_once(matrix.shape[-1]))
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, BLOCK // width)
 
 
 def soft_cross_entropy(
@@ -49,7 +53,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         ctx.gradient = torch.empty_like(logits) if keep else None
         ctx.factor = (weight / temp)[:, None]
         loss = torch.zeros((), dtype=dtype, device=logits.device)
-        rows = max(1, BLOCK // logits.shape[-1])
+        rows = _rows_at_once(logits.shape[-1])
         for v, (target, mass) in enumerate(zip(targets, masses, strict=True)):
             for start in range(0, logits.shape[1], rows):
                 part = slice(start, start + rows)
