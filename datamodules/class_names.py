@@ -34,19 +34,16 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> list[list[str]
     named = next((header.index(column) for column in _NAME_COLUMNS if column in header), None)
     if named is not None and len(header) > 1:
         table = [row for row in rows[1:] if len(row) == len(header)]
-        for column in range(len(header)):
-            names = {row[column]: row[named] for row in table if column != named}
-            if set(classes) <= set(names):
-                return [_synonyms(names[name], f"{path} gives {name} no name") for name in classes]
+        if (cells := _called(table, len(header), classes, named)) is not None:
+            return _synonyms_of(cells, classes, path)
         missing = sorted(set(classes) - {cell for row in table for cell in row})
         raise DataError(
             f"{path} does not name {len(missing)} of {len(classes)} classes (first: {missing[0]})" if missing
             else f"{path}: no column holds the classes as the data set calls them (such as {classes[0]})"
         )  # fmt: skip
-    for column in range(max(map(len, rows), default=0)) if all(len(row) > 1 for row in rows) else ():
-        others = {row[column]: ",".join(row[:column] + row[column + 1 :]) for row in rows if len(row) > column}
-        if set(classes) <= set(others):
-            return [_synonyms(others[name], f"{path} gives {name} no name") for name in classes]
+    columns = max(map(len, rows)) if rows and min(map(len, rows)) > 1 else 0
+    if (cells := _called(rows, columns, classes)) is not None:
+        return _synonyms_of(cells, classes, path)
     if separator == "\t" and any(len(row) > 1 for row in rows):
         raise DataError(
             f"{path}: no column holds the classes as the data set calls them (such as {classes[0]}); without one give "
@@ -57,8 +54,24 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> list[list[str]
             f"{path} has {len(rows)} lines for {len(classes)} classes: give one line of names for each class, or a "
             f"header with a column of classes and one called {' or '.join(_NAME_COLUMNS[:2])}"
         )
-    pairs = zip(rows, classes, strict=True)
-    return [_synonyms(",".join(row), f"{path} gives {name} no name") for row, name in pairs]
+    return _synonyms_of([",".join(row) for row in rows], classes, path)
+
+
+def _called(
+    rows: Sequence[Sequence[str]], columns: int, classes: Sequence[str], named: int | None = None
+) -> list[str] | None:
+    """What rows call each class, by the first column that holds all classes; `named`: where names are, None: elsewhere.
+
+    None when no column does.
+    """
+    for column in range(columns):
+        if column == named:
+            continue
+        long = [row for row in rows if len(row) > column]
+        rest = {row[column]: [*row[:column], *row[column + 1 :]] if named is None else [row[named]] for row in long}
+        if set(classes) <= set(rest):
+            return [",".join(rest[name]) for name in classes]
+    return None
 
 
 def refuse_codes(names: Iterable[Sequence[str]]) -> None:
@@ -72,8 +85,10 @@ def refuse_codes(names: Iterable[Sequence[str]]) -> None:
         )
 
 
-def _synonyms(cell: str, problem: str) -> list[str]:
-    names = [name.strip() for name in cell.split(",") if name.strip()]
-    if not names:
-        raise DataError(problem)
-    return names
+def _synonyms_of(cells: Sequence[str], classes: Sequence[str], path: Path) -> list[list[str]]:
+    """The names in the cell of each class, which commas separate; DataError for a class without any."""
+    found = [[name.strip() for name in cell.split(",") if name.strip()] for cell in cells]
+    for name, names in zip(classes, found, strict=True):
+        if not names:
+            raise DataError(f"{path} gives {name} no name")
+    return found
