@@ -54,10 +54,11 @@ class BadSamples:
 
     @property
     def where(self) -> str:
-        """The file that names them, or a pattern when there are several."""
+        """The file that names them, whichever rank has written it, or a pattern when there are several."""
         if self.path is None:
             return ""
-        return f"{self.path if len(account_files(self.path)) < 2 else self.path.with_stem(self.path.stem + '*')}"
+        files = account_files(self.path) or [self.path]
+        return f"{files[0] if len(files) == 1 else self.path.with_stem(self.path.stem + '*')}"
 
     def add(self, bad: Iterable[BadSample], drawn: int) -> None:
         """Name those that are new; `drawn` samples were drawn since the run began. DataError beyond the budget."""

@@ -53,6 +53,15 @@ def test_budget(tmp_path):
     assert len(lines(tmp_path / "bad.jsonl")) == 3
 
 
+def test_the_file_of_another_rank_is_named_when_there_is_no_other(tmp_path):
+    account = BadSamples(tmp_path / "bad.jsonl", 0.0, 100, tmp_path, rank=1)
+    with pytest.raises(DataError, match=f"; all are named in {tmp_path}/bad.rank1.jsonl[.] "):
+        account.add(bad(1), 10)
+    assert lines(tmp_path / "bad.rank1.jsonl") and not (tmp_path / "bad.jsonl").exists()
+    with pytest.raises(DataError, match=rf"named in {tmp_path}/bad\*[.]jsonl[.] "):
+        BadSamples(tmp_path / "bad.jsonl", 0.0, 100, tmp_path).add(bad(2), 10)
+
+
 def test_budget_of_a_large_set_follows_what_was_drawn(tmp_path):
     account = BadSamples(None, 0.01, 10**8, tmp_path)
     account.add(bad(*range(100)), 1000)  # 1% of ten thousand
