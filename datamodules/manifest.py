@@ -78,9 +78,10 @@ class Manifest:
     def fingerprint(self) -> str:
         """`hash`, and another one whenever a tar here was written anew: for what is kept of the bytes themselves.
 
-        As the tars were when it was first asked for: what is read afterwards is never taken for newer than it is.
+        As the tars were when it was first asked for: what is read afterwards is never taken for newer than it is. One
+        that is not to be had is without a time; who reads the set counts what it misses.
         """
-        written = [] if self.url else [self.path(i).stat().st_mtime_ns for i in range(len(self.shards))]
+        written = [] if self.url else [_written_ns(self.path(i)) for i in range(len(self.shards))]
         return hashlib.sha256(json.dumps([self.hash, written]).encode()).hexdigest()[:32]
 
     def path(self, shard: int) -> Path:
@@ -168,7 +169,7 @@ class _Former(NamedTuple):
 def _stored_manifest(root: Path, tars: dict[str, os.stat_result]) -> _Former | None:
     """The manifest that describes the folder as it is, else the one of before."""
     former = None
-    for place, data in sorted(read_sidecar(root / MANIFEST), key=lambda found: _made_ns(found[0]), reverse=True):
+    for place, data in sorted(read_sidecar(root / MANIFEST), key=lambda found: _written_ns(found[0]), reverse=True):
         with contextlib.suppress(ValueError, OSError):
             found = _compare(Manifest.from_bytes(root, data), place, tars)
             if found.holds:
@@ -182,7 +183,8 @@ def _named_since(manifest: Manifest) -> bool:
     return not manifest.classes and (manifest.root / CLASSES).is_file()
 
 
-def _made_ns(place: Path) -> int:
+def _written_ns(place: Path) -> int:
+    """When a file was written, in ns; 0 where it cannot be looked at."""
     with contextlib.suppress(OSError):
         return place.stat().st_mtime_ns
     return 0

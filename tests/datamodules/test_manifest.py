@@ -147,6 +147,15 @@ def test_cut_and_missing_shards_keep_their_place(foreign: Path, caplog: pytest.L
     assert len(read_index(foreign / "part-1.tar")) == 11
 
 
+def test_a_missing_shard_has_a_fingerprint_of_its_own(foreign: Path) -> None:
+    whole = load_manifest(foreign).fingerprint
+    (foreign / "part-2.tar").rename(foreign / "part-2.gone")
+    lost = load_manifest(foreign)
+    assert lost.fingerprint not in (whole, lost.hash) and load_manifest(foreign).fingerprint == lost.fingerprint
+    (foreign / "part-2.gone").rename(foreign / "part-2.tar")
+    assert load_manifest(foreign).fingerprint == whole
+
+
 def destroy_header(path: Path, sample: int, extension: str = "jpg") -> None:
     """One byte in the header of a member is another one, as after a bad copy: the tar keeps its size."""
     offset = read_index(path).members(sample)[extension].offset

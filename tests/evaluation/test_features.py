@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import socket
 import tarfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -158,6 +159,24 @@ def test_features_without_images_that_were_lost_are_used_once(
     assert list((cache / "features").iterdir()) == []
     (data / "shard-000001.tar").write_bytes(whole)
     assert len(take(encoder, data)) == 60
+
+
+def test_a_shard_that_is_gone_is_told_in_one_line_or_left_out(
+    tmp_path: Path, cache: Path, encoder_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `evaluate`, whose features, floors and shared images all ask when the tars were written."""
+    train, test = write_images(tmp_path / "train", 60), write_images(tmp_path / "test", 60)
+    (train / "shard-000001.tar").unlink()
+    (test / "shard-000001.tar").unlink()
+    command = ["evaluate", str(encoder_file), "--train", str(train), "--test", str(test), "--probes", "knn"]
+    command += ["--set", "ks=5", "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert re.match(
+        r"trivit: 20 of 60 images of .* cannot be read now \(first: shard-000001.tar", capsys.readouterr().err
+    )
+    monkeypatch.setattr("evaluation.lost_images.MOST_LOST", 0.5)
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["knn"]["protocol"]["test"]["images"] == 40
 
 
 def test_features_without_images_that_were_packed_damaged_are_kept(
