@@ -73,11 +73,13 @@ class RankWatch(Callback):
         """Reads an image as long as there is time for it; then measures, when a row is due and there is time for it."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        encoder: Any = pl_module.get_submodule(str(pl_module.encoder_prefix).removesuffix("."))
-        together = is_sharded(encoder)
         while trainer.is_global_zero and self._source is not None and self._may_spend(0):
             self._timed(self._read)
-        if not self.due(trainer) or not (trainer.is_global_zero or together):
+        if not self.due(trainer):
+            return
+        encoder: Any = pl_module.get_submodule(str(pl_module.encoder_prefix).removesuffix("."))
+        together = is_sharded(encoder)
+        if not (trainer.is_global_zero or together):
             return
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()  # what is still queued is training
