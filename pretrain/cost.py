@@ -115,6 +115,7 @@ def step_cost(cli: PretrainCLI, config: Namespace, images: int) -> StepCost:
         parts = instantiate(cli, config)
     task: PretrainTask = parts.model.to(WEIGHTS.get(precision))
     data: ShardDataModule = parts.data
+    task.freeze_unused()
     task.trainer = trainer_stand_in(images)  # type: ignore[assignment]
     batch = task.on_before_batch_transfer(blank_batch(task, data.recipe, data.channels, images), 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:

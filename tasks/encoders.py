@@ -64,8 +64,6 @@ class Encoder(nn.Module):
             raise TaskError(f"{config.arch} has no class token: set encoder.pool: mean")
         use_keyed_drop_path(self.trunk, config.drop_path if config.drop_path_uniform else None)
         self.maskable = is_maskable(self.trunk)
-        if not self.maskable:
-            freeze_unused(self.trunk, config.image_size, config.in_chans)
         self.width: int = self.trunk.num_features
         self.num_prefix = num_prefix_tokens(self.trunk)
         self._ropes: dict[tuple[Grid, torch.device, torch.dtype], Rope] = {}
@@ -94,6 +92,11 @@ class Encoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The repeated parts, in order: what to shard, compile or recompute one at a time."""
         return repeated_parts(self.trunk)
+
+    def freeze_unused(self) -> None:
+        """Before training: what no token depends on, which plain ViTs do not have, gets no gradient; DDP would wait."""
+        if not self.maskable:
+            freeze_unused(self.trunk, self.config.image_size, self.config.in_chans)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -13,7 +13,9 @@ from torch.optim import AdamW, Optimizer
 
 from tasks.blocks import compile_forward, recompute
 from tasks.encoder_config import EncoderConfig
+from tasks.encoders import Encoder
 from tasks.errors import TaskError
+from tasks.gradients import Measured, measure_gradients
 from tasks.param_groups import weight_decay_groups
 from tasks.schedules import set_learning_rate, warmup_cosine
 from tasks.sharding import everything, is_sharded, materialize, shard
@@ -74,6 +76,7 @@ class PretrainTask(pl.LightningModule):
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         self.weight_decay, self.betas = weight_decay, betas
         self.lr_now = 0.0
+        self._measured: Measured | None = None
         self._prepared = False
 
     def peak_lr(self, global_batch_size: int) -> float:
@@ -105,14 +108,21 @@ class PretrainTask(pl.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Compiles and wraps what is to be compiled or computed again; once."""
+        """Freezes what would get no gradient, compiles and wraps what is to be compiled or computed again; once."""
         if self._prepared:
             return
         self._prepared = True
+        self.freeze_unused()
         if self.compile_blocks:
             compile_forward(self.blocks)
         if self.activation_checkpointing:
             recompute(self.blocks)
+
+    def freeze_unused(self) -> None:
+        """No gradient for parameters of encoders on which nothing depends: DDP would wait for it."""
+        for part in self.model.modules():
+            if isinstance(part, Encoder):
+                part.freeze_unused()
 
     def configure_model(self) -> None:
         """Ranks share the statistics of BatchNorm where there is any, and the model where the strategy shards it."""
@@ -181,6 +191,14 @@ class PretrainTask(pl.LightningModule):
         place = (self._data.seed, self.trainer.global_step, micro, self.trainer.global_rank)
         torch.manual_seed(zlib.crc32(repr(place).encode()))
 
+    def measure_gradients(self) -> Measured:
+        """Collective where they are sharded: lengths of the gradients of this optimiser step, before they are clipped.
+
+        Clipping uses what was measured since the backward pass, so that nothing is measured twice.
+        """
+        self._measured = measure_gradients(self.parameters())
+        return self._measured
+
     def optimizer_step(
         self,
         epoch: int,
@@ -194,6 +212,7 @@ class PretrainTask(pl.LightningModule):
             self.trainer.global_step, self.trainer.max_steps, data.steps_per_epoch, data.global_batch_size
         )
         set_learning_rate(optimizer, self.lr_now)
+        self._measured = None
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Lightning would keep them through the next forward pass, at the end of which memory peaks.
         optimizer.zero_grad(set_to_none=True)

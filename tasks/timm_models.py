@@ -100,6 +100,8 @@ def freeze_unused(trunk: Any, image_size: int, in_chans: int) -> None:
     They are found on fake tensors, without computing anything.
     """
     trained = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
+    if not trained:  # a teacher, or a locked encoder
+        return
     training = trunk.training
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         image = torch.zeros(1, in_chans, image_size, image_size, dtype=trained[0].dtype, device=trained[0].device)

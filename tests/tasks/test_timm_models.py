@@ -13,6 +13,8 @@ from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import load_encoder, save_encoder
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
+from tests.tasks.clip_runs import tiny_task as clip_task
+from tests.tasks.dino_runs import tiny_task as dino_task
 
 FAMILIES = {
     "swin_tiny_patch4_window7_224": (32, 0),
@@ -31,6 +33,7 @@ REST_OF_A_CLASSIFIER = ["inception_next_atto", "lcnet_050", "efficientvit_b0", "
 @pytest.mark.parametrize("name", [*FAMILIES, *REST_OF_A_CLASSIFIER])
 def test_every_family_gives_tokens_at_several_sizes_and_learns(name):
     encoder = Encoder(EncoderConfig(arch=f"timm:{name}", image_size=96))
+    encoder.freeze_unused()
     stride, prefix = FAMILIES.get(name, (32, 0))
     assert encoder.config.patch_size == stride
     assert encoder.config.class_token == bool(prefix)
@@ -46,6 +49,37 @@ def test_every_family_gives_tokens_at_several_sizes_and_learns(name):
     assert not blind, "parameters without a gradient would stop DDP"
     frozen = [n for n, p in encoder.named_parameters() if not p.requires_grad]
     assert bool(frozen) == (name in REST_OF_A_CLASSIFIER[1:])
+
+
+UNUSED = EncoderConfig(arch="timm:lcnet_050", image_size=32)
+
+
+def test_only_training_looks_for_what_gets_no_gradient(tmp_path):
+    """An encoder that is built, saved or loaded sends nothing through itself."""
+    encoder = Encoder(UNUSED)
+    seen: list[torch.nn.Module] = []
+    watching = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: seen.append(module))
+    try:
+        save_encoder(Encoder(UNUSED), tmp_path / "encoder.safetensors")
+        loaded = load_encoder(tmp_path / "encoder.safetensors")
+        assert not seen and all(parameter.requires_grad for parameter in loaded.parameters())
+        encoder.freeze_unused()
+        assert seen  # this is how such a pass would have been seen
+    finally:
+        watching.remove()
+
+
+@pytest.mark.parametrize("build", [dino_task, clip_task])
+def test_tasks_freeze_it_when_training_is_set_up(build):
+    task = build(UNUSED)
+    unused = "trunk.conv_head"
+    before = {n for n, p in task.named_parameters() if not p.requires_grad}
+    assert not any(f"student.encoder.{unused}" in n or f"model.encoder.{unused}" in n for n in before)
+    task.setup("fit")
+    frozen = {n for n, p in task.named_parameters() if not p.requires_grad} - before
+    assert frozen and all(unused in n for n in frozen)
+    trained = {id(p) for group in task.configure_optimizers().param_groups for p in group["params"]}
+    assert trained == {id(p) for p in task.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(("name", "prefix", "patches"), [("volo_d1_224", 1, 196), ("pit_ti_224", 0, 1)])
