@@ -9,6 +9,8 @@ from pathlib import Path
 from slurm.errors import SlurmError
 
 _SIGNAL_EARLY, _START_UP = 60, 60  # seconds; the first is of sbatch --signal
+EVALUATE_TIME = "4:00:00"
+"""What the evaluation of a finished run asks for when the training asks for more."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -22,10 +24,10 @@ class Job:
         gpus_per_node: 0: train on CPUs.
         tasks: processes of a node; None: one for each GPU, or one.
         cpus_per_task: cores of a process.
-        mem: memory of a node, in SLURM's manner (64G).
+        mem: memory of a node, in SLURM's manner (64G), also for the jobs that evaluate.
         partition, account, qos: as the cluster calls them.
         time: limit, in SLURM's manner (24:00:00, 2-00:00:00).
-        grace: seconds before the limit at which the run is told to write a checkpoint.
+        grace: seconds before the limit at which the run is told to write a checkpoint; None: it is not told.
         patience: seconds that ranks get to end by themselves when one has ended.
         attempts: starts from one checkpoint, after which a job that is interrupted again is not queued again.
         container: command that runs another one inside a container, e.g. `apptainer exec --nv trivit.sif`.
@@ -47,7 +49,7 @@ class Job:
     account: str | None = None
     qos: str | None = None
     time: str | None = None
-    grace: int = 180
+    grace: int | None = 180
     patience: int = 120
     attempts: int = 10
     container: str = ""
@@ -65,7 +67,8 @@ class Job:
             raise SlurmError(
                 f"each process trains on one GPU: leave --tasks-per-node out, or make it {self.gpus_per_node}"
             )
-        if self.time is not None and seconds(self.time) < self.grace + _SIGNAL_EARLY + _START_UP:
+        limit = None if self.time is None else seconds(self.time)
+        if self.grace is not None and limit is not None and limit < self.grace + _SIGNAL_EARLY + _START_UP:
             raise SlurmError(
                 f"--time {self.time} leaves no time to train: SLURM tells the run {self.grace} (--grace) to "
                 f"{self.grace + _SIGNAL_EARLY} s before, and it needs a minute to start"
@@ -96,16 +99,16 @@ class Job:
         return self.nodes * self.tasks_per_node
 
 
-def seconds(limit: str) -> int:
+def seconds(limit: str, option: str = "--time") -> int:
     """A time limit of SLURM: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]].
 
     Raises:
-        SlurmError: another form.
+        SlurmError: another form; `option` is what gave it.
     """
     days, dash, rest = limit.rpartition("-")
     parts = rest.split(":")
     if not (all(map(str.isdecimal, parts)) and len(parts) <= 3 and (days.isdecimal() or not dash)):
-        raise SlurmError(f"--time {limit} is no time limit of SLURM: write minutes, 24:00:00 or 2-00:00:00")
+        raise SlurmError(f"{option} {limit} is no time limit of SLURM: write minutes, 24:00:00 or 2-00:00:00")
     numbers = [int(part) for part in parts]
     units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
     return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(numbers, units, strict=False))
@@ -127,18 +130,29 @@ def pretrain_script(job: Job, made_by: str, script: Path, output: Path, program:
 
 
 def evaluate_script(
-    job: Job, made_by: str, output: Path, evaluate: Sequence[str], report: Sequence[str]
+    job: Job, made_by: str, script: Path, output: Path, evaluate: Sequence[str], report: Sequence[str],
+    time: str | None = None,
 ) -> str:  # fmt: skip
     """The batch script that evaluates the finished run with one process and writes its report.
 
     Args:
         job: what the training job asked for.
-        made_by, output: as of `pretrain_script`.
+        made_by, script, output: as of `pretrain_script`.
         evaluate, report: the commands.
+        time: limit; None: `EVALUATE_TIME`, or that of the training where it is shorter or SLURM's own.
+
+    Raises:
+        SlurmError: no time limit of SLURM.
     """
+    if time is None:
+        time = job.time
+        if time is not None and seconds(time) > seconds(EVALUATE_TIME):
+            time = EVALUATE_TIME
+    else:
+        seconds(time, "--evaluate-time")
     return _render(
-        "evaluate.sbatch.jinja", _alone(job, "evaluate", time=None), made_by, output, evaluate=shlex.join(evaluate),
-        report=shlex.join(report),
+        "evaluate.sbatch.jinja", _alone(job, "evaluate", time=time, grace=None), made_by, output, script=script,
+        evaluate=shlex.join(evaluate), report=shlex.join(report),
     )  # fmt: skip
 
 
@@ -158,15 +172,15 @@ def watch_script(
     if pause < 1:
         raise SlurmError(f"--watch {pause} must be at least 1 second")
     return _render(
-        "watch.sbatch.jinja", _alone(job, "watch", time=job.time), made_by, output, script=script, output=output,
-        evaluate=shlex.join(evaluate), pause=pause,
+        "watch.sbatch.jinja", _alone(job, "watch", time=job.time, grace=job.grace), made_by, output, script=script,
+        output=output, evaluate=shlex.join(evaluate), pause=pause,
     )  # fmt: skip
 
 
-def _alone(job: Job, what: str, time: str | None) -> Job:
+def _alone(job: Job, what: str, time: str | None, grace: int | None) -> Job:
     """One process with the surroundings of the training job."""
     gpus = min(job.gpus_per_node, 1)
-    return replace(job, name=f"{job.name}-{what}", nodes=1, gpus_per_node=gpus, tasks=None, mem=None, time=time)
+    return replace(job, name=f"{job.name}-{what}", nodes=1, gpus_per_node=gpus, tasks=None, time=time, grace=grace)
 
 
 def _lines(program: Sequence[str]) -> str:

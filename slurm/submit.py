@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from slurm.errors import SlurmError
-from slurm.job import Job, evaluate_script, logs, pretrain_script, watch_script
+from slurm.job import EVALUATE_TIME, Job, evaluate_script, logs, pretrain_script, watch_script
 
 LAYOUT = ("--trainer.num_nodes", "--trainer.devices")  # they follow from the job
 
@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     number("--gpus-per-node", default=0, help="one process each (default 0: train on CPUs)")
     number("--tasks-per-node", help="processes of a node without GPUs (default 1)")
     number("--cpus-per-task", help="cores of a process; loader workers need some")
-    parser.add_argument("--mem", metavar="SIZE", help="memory of a node (64G)")
+    parser.add_argument("--mem", metavar="SIZE", help="memory of a node (64G), for evaluation, too")
     parser.add_argument("--partition", metavar="NAME")
     parser.add_argument("--account", metavar="NAME")
     parser.add_argument("--qos", metavar="NAME")
@@ -43,6 +43,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--evaluate-train", metavar="DIR", help="evaluate the finished run: labelled data to learn from"
     )
     parser.add_argument("--evaluate-test", metavar="DIR", help="evaluate the finished run: labelled data to score on")
+    parser.add_argument(
+        "--evaluate-time",
+        metavar="LIMIT",
+        help=f"of that evaluation (default {EVALUATE_TIME}, or --time where that is shorter or not given)",
+    )
     parser.add_argument("--probes", help="of that evaluation (default: those of trivit evaluate)")
     parser.add_argument(
         "--watch",
@@ -89,9 +94,11 @@ def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         command = [*program, "evaluate", str(output), *options]
         if arguments.watch is not None:
             texts[watch] = watch_script(job, made_by, watch, output, [*command, "--by-step"], arguments.watch)
-        texts[evaluate] = evaluate_script(job, made_by, output, command, [*program, "report", str(output)])
-    elif any(value is not None for value in (arguments.evaluate_train, arguments.probes, arguments.watch)):
-        raise SlurmError("--evaluate-train, --probes and --watch need --evaluate-test DIR")
+        texts[evaluate] = evaluate_script(
+            job, made_by, evaluate, output, command, [*program, "report", str(output)], arguments.evaluate_time
+        )
+    elif any(getattr(arguments, name) is not None for name in ("evaluate_train", "evaluate_time", "probes", "watch")):
+        raise SlurmError("--evaluate-train, --evaluate-time, --probes and --watch need --evaluate-test DIR")
     data = _value(rest, "--data.train")
     if data and not Path(data).exists() and "://" not in data and "{" not in data:
         print(f"--data.train {data} is not here: the job ends if its nodes do not see it, either", file=sys.stderr)

@@ -72,10 +72,36 @@ def test_a_small_job_asks_for_little():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("training", "given", "expected"),
+    [
+        (None, None, None), ("2:00:00", None, "2:00:00"), ("1-0", None, "4:00:00"), ("1-0", "30", "30"),
+        ("2:00:00", "8:00:00", "8:00:00"), (None, "1:30", "1:30"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_has_a_time_limit_and_the_memory_of_a_node(training, given, expected):
+    """And no signal before the limit, which would end it; a watching job has the limit of the training."""
+    job = Job("b16", nodes=4, gpus_per_node=8, mem="900G", time=training, sbatch=["--mem-per-gpu=90G"])
+    asked = options(evaluate_script(job, "x", RUN, RUN, ["a"], ["b"], given))
+    assert {"--job-name=b16-evaluate", "--gpus-per-node=1", "--mem=900G", "--mem-per-gpu=90G"} <= set(asked)
+    assert [word for word in asked if "time" in word or "signal" in word] == (
+        [f"--time={expected}"] if expected else []
+    )
+    watching = options(watch_script(job, "x", RUN, RUN, ["a"], 60))
+    assert "--mem=900G" in watching and [w for w in watching if "time" in w] == (
+        [f"--time={training}"] * bool(training)
+    )
+
+
+def test_a_time_limit_of_the_evaluation_that_is_none_is_told_by_its_name():
+    with pytest.raises(SlurmError, match="--evaluate-time soon is no time limit of SLURM"):
+        evaluate_script(Job("a"), "x", RUN, RUN, ["a"], ["b"], "soon")
+
+
 def test_setup_lines_are_run_as_in_a_shell():
     """They read variables that are not set and go on after a failure, of which the log tells."""
     lines = ['[ -z "$NOT_SET_ANYWHERE" ]', "false  # not there"]
-    for text in (script(Job("a", setup=lines)), evaluate_script(Job("a", setup=lines), "x", RUN, ["a"], ["b"])):
+    for text in (script(Job("a", setup=lines)), evaluate_script(Job("a", setup=lines), "x", RUN, RUN, ["a"], ["b"])):
         before = text[: text.index("pipefail")].rpartition("\n")[0]
         done = subprocess.run(["bash", "-c", f"{before}\necho reached"], capture_output=True, text=True)
         assert done.stdout.splitlines() == ["trivit: --setup false  # not there ended with code 1", "reached"]
@@ -84,7 +110,7 @@ def test_setup_lines_are_run_as_in_a_shell():
 @pytest.mark.parametrize("job", [Job("small"), Job("large", 2, 8, time="9:00:00", container="apptainer exec x.sif")])
 def test_scripts_are_bash_and_quote_what_needs_it(job, tmp_path):
     job = Job(**{**vars(job), "environment": {"GREETING": "it's $HOME"}, "setup": ["module load cuda"]})
-    texts = [script(job), evaluate_script(job, "x", RUN, ["trivit", "evaluate", "a b"], ["trivit", "report", "a b"])]
+    texts = [script(job), evaluate_script(job, "x", RUN, RUN, ["trivit", "evaluate", "a b"], ["trivit", "report", "a"])]
     texts.append(watch_script(job, "x", RUN / "slurm/watch.sbatch", RUN, ["trivit", "evaluate", "a b", "--by-step"], 9))
     for text in texts:
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
@@ -193,6 +219,18 @@ def test_a_rank_that_fails_is_not_hidden_by_those_that_were_ended_for_it(
     assert found == ended and said in lines[-1] and asked == (["requeue"] if requeued else [])
     if ended != 143:
         assert f"the first rank to end was {ends.splitlines()[0].removeprefix('srun: error: ')}" in lines[-2]
+
+
+OTHER = "another process trains in /runs/a: process 12 on n1 (job 6), since 2026-11-22 01:02:03; wait for it"
+
+
+@pytest.mark.parametrize("code", [2, 143])
+def test_a_run_that_another_job_trains_is_told_with_that_job_and_not_as_wrong_settings(tmp_path, code):
+    ended = "\nsrun: error: n1: task 0: Exited with exit code 2" if code == 143 else ""
+    found, lines, asked = attempt(tmp_path, code, ends=f"trivit: {OTHER}{ended}")
+    assert found == 2 and lines[-1].endswith(f"{OTHER}: not queued again") and not asked
+    _, lines, _ = attempt(tmp_path, 2)
+    assert lines[-1].endswith("the settings are wrong, see above: not queued again")  # of this attempt only
 
 
 @pytest.mark.parametrize("code", [143, 99])

@@ -17,23 +17,14 @@ def submit(*arguments: object) -> int:
 
 def test_dry_run_shows_the_scripts_and_writes_nothing(tmp_path, capsys):
     run = tmp_path / "run"
-    more = [
-        "--nodes",
-        2,
-        "--gpus-per-node",
-        4,
-        "--time",
-        "8:00:00",
-        "--evaluate-train",
-        "/d/t",
-        "--evaluate-test",
-        "/d/v",
-    ]
+    more = ["--nodes", 2, "--gpus-per-node", 4, "--time", "8:00:00", "--evaluate-train", "/d/t"]
+    more += ["--evaluate-test", "/d/v", "--evaluate-time", "90"]
     assert submit(*TRAIN, "--output", run, *more, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert (
         f"# ---- {run}/slurm/pretrain.sbatch\n#!/bin/bash\n" in shown and f"# ---- {run}/slurm/evaluate.sbatch" in shown
     )
+    assert "#SBATCH --time=8:00:00\n" in shown and "#SBATCH --time=90\n" in shown
     words = shown.replace("\\\n", " ").split()
     for pair in (
         "--trainer.num_nodes 2", "--trainer.devices 4", "--trainer.strategy ddp", "--trainer.accelerator gpu",
@@ -68,6 +59,8 @@ def test_strategy_and_accelerator_may_be_chosen(tmp_path, capsys):
         (["--output", "run", "--env", "HOME"], "write NAME=VALUE"),
         (["--output", "run", "--probes", "knn"], "need --evaluate-test"),
         (["--output", "run", "--watch"], "need --evaluate-test"),
+        (["--output", "run", "--evaluate-time", "30"], "need --evaluate-test"),
+        (["--output", "run", "--evaluate-test", "/d/v", "--evaluate-time", "soon"], "--evaluate-time soon is no time"),
         (["--output", "run", "--tasks-per-node", 0], "--tasks-per-node 0 must be at least 1"),
         (["--output", "run", "--time", "soon"], "no time limit of SLURM"),
         (["--output", "run", "--nodes", "two"], "invalid int value: 'two'"),
