@@ -1,9 +1,11 @@
 """Block-wise masks: drawn from keys alone, as many patches as wanted, in rectangles."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tasks.block_masks import hide_blocks
 from tasks.masks import random_noise
@@ -72,6 +74,23 @@ def one_by_one(side: int, wanted: int, uniform) -> list[bool]:
         hidden |= block if fits else set()
         failures = 0 if fits else failures + 1
     return [(y, x) in hidden for y in range(side) for x in range(side)]
+
+
+def test_masks_do_not_hold_up_a_step() -> None:
+    """A batch of them takes few operations of torch, each of which costs the main thread some microseconds."""
+
+    class Count(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.made += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count() as few:
+        hide_blocks(torch.arange(2), 2, (16, 16), RATIO, 0.5)
+    with Count() as many:
+        hide_blocks(torch.arange(64), 2, (16, 16), RATIO, 0.5)
+    assert 0 < few.made < many.made < 400
 
 
 def test_tiny_grids_end() -> None:
