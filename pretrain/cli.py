@@ -429,9 +429,10 @@ def _train_tokenizer(arguments: argparse.Namespace, _: list[str]) -> int | None:
 
 
 def _submit(arguments: argparse.Namespace, rest: list[str]) -> int | None:
+    from pretrain.run_place import check_before_queue
     from slurm.submit import submit
 
-    return submit(arguments, rest)
+    return submit(arguments, rest, check_before_queue)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pretrain.checkpoint_files import find_checkpoint
 from pretrain.checkpoints import read_checkpoint
 from pretrain.errors import RunError
 from pretrain.run_lock import RunLock
+from pretrain.run_place import check_ours, check_writable
 
 # What does not change what is learned: where and how fast it runs, and how often it reports. `data.train` may move,
 # because the manifest hash in the checkpoint still tells whether it is the same data; so may a vocabulary, all of which
@@ -50,11 +51,7 @@ class RunDirectory:
 
         Only the first rank of a run locks; the others would be refused by their own first one.
         """
-        if self.path.is_file():
-            raise RunError(f"--output {self.path} is a file; name a folder")
-        ours = (".lock", "config.yaml.part", "slurm", "wandb")  # before config.yaml is there
-        if self.path.is_dir() and any(p.name not in ours for p in self.path.iterdir()) and not self._holds_a_run():
-            raise RunError(f"--output {self.path} holds files but no trivit run; name a new or empty folder")
+        check_ours(self.path)
         if launched_rank() != 0:
             return
         try:
@@ -64,27 +61,8 @@ class RunDirectory:
             raise RunError(
                 f"--output {self.path}: this folder cannot be made ({error.strerror}); name another one"
             ) from error
-        self._check_writable()
+        check_writable(self.path)
         self._lock.take()
-
-    def _check_writable(self) -> None:
-        """RunError now, and not after hours, when something that the run goes on writing cannot be written."""
-        for path in (self.path, self.checkpoints, self.metrics, self.samples):
-            if path.exists() and not os.access(path, os.W_OK):
-                raise RunError(
-                    f"--output {self.path}: {path} cannot be written by this user, or lies on a disk that can only be "
-                    "read; name another folder, or make it writable"
-                )
-
-    def _holds_a_run(self) -> bool:
-        """Whether config.yaml is one of ours, or so damaged that it may have been."""
-        if not self.config.exists():
-            return False
-        try:
-            config = yaml.safe_load(self.config.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            return True
-        return isinstance(config, dict) and {"model", "data", "trainer"} <= config.keys()
 
     def release(self) -> None:
         """Let another process train here; a folder that we made and in which nothing happened is removed."""

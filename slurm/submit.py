@@ -5,13 +5,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from slurm.asked import Asked
+from slurm.before_queue import check_asked, not_here
 from slurm.errors import SlurmError
 from slurm.job import EVALUATE_TIME, Job, evaluate_script, logs, pretrain_script, watch_script
 
+Look = Callable[[Path, float | None, float | None], Iterable[str]]
 LAYOUT = ("--trainer.num_nodes", "--trainer.devices")  # they follow from the job
 
 
@@ -62,20 +65,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show the scripts and do nothing")
 
 
-def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+def submit(arguments: argparse.Namespace, rest: Sequence[str], look: Look = lambda *_: ()) -> int:
     """Write the scripts under OUTPUT/slurm and submit them, or show them.
+
+    What would end the job at its start is looked for first, as far as this machine sees the folders of the job.
 
     Args:
         arguments: of `add_options`.
         rest: the arguments of `trivit pretrain`; --output is needed, and the numbers of
             nodes and of their devices, which follow from the job, must not be among them.
+        look: folder of the run, steps and epochs, as far as they are known -> what the user should know of that folder;
+            it raises an error of its own kind when no run can begin there.
 
     Raises:
         SlurmError: something is missing or cannot work, or SLURM refuses.
     """
-    rest = _separate(rest)
-    _check_config(rest)
-    output = Path(_value(rest, "--output", "name the folder of the run, on a disk that all nodes share")).absolute()
+    asked = Asked(rest)
+    rest = asked.words
+    output = Path(asked.word("--output", "name the folder of the run, on a disk that all nodes share")).absolute()
     job = Job(
         name=arguments.name or output.name, nodes=arguments.nodes, gpus_per_node=arguments.gpus_per_node,
         tasks=arguments.tasks_per_node, cpus_per_task=arguments.cpus_per_task, mem=arguments.mem,
@@ -99,9 +106,11 @@ def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         )
     elif any(getattr(arguments, name) is not None for name in ("evaluate_train", "evaluate_time", "probes", "watch")):
         raise SlurmError("--evaluate-train, --evaluate-time, --probes and --watch need --evaluate-test DIR")
-    data = _value(rest, "--data.train")
-    if data and not Path(data).exists() and "://" not in data and "{" not in data:
-        print(f"--data.train {data} is not here: the job ends if its nodes do not see it, either", file=sys.stderr)
+    check_asked(asked, job)
+    folders = {"--data.train": asked.value("data.train")}
+    folders |= {"--evaluate-train": arguments.evaluate_train, "--evaluate-test": arguments.evaluate_test}
+    for told in (*not_here(folders), *look(output, asked.number("trainer.max_steps"), asked.number("epochs"))):
+        print(told, file=sys.stderr)
     if arguments.dry_run:
         print("\n".join(f"# ---- {path}\n{text}" for path, text in texts.items()), end="")
         return 0
@@ -117,14 +126,6 @@ def submit(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _check_config(rest: Sequence[str]) -> None:
-    """Refuses a config that is not there: the job would do so after its time in the queue."""
-    config = _value(rest, "--config", "give a YAML file or the name of a shipped one")
-    shipped = sorted(path.stem for path in (Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
-    if not Path(config).is_file() and config.removesuffix(".yaml") not in shipped:
-        raise SlurmError(f"--config {config}: no such file, and no shipped config of that name ({', '.join(shipped)})")
-
-
 def _pretrain(job: Job, rest: Sequence[str]) -> list[str]:
     for word in rest:
         if word.partition("=")[0] in LAYOUT:
@@ -135,24 +136,6 @@ def _pretrain(job: Job, rest: Sequence[str]) -> list[str]:
     if "--trainer.strategy" not in rest and job.world_size > 1:
         layout += ["--trainer.strategy", "ddp"]
     return ["pretrain", *rest, *map(str, layout)]
-
-
-def _separate(words: Sequence[str]) -> list[str]:
-    """--name=value as two words."""
-    result: list[str] = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        result += [name, value] if equals and word.startswith("--") else [word]
-    return result
-
-
-def _value(words: Sequence[str], name: str, advice: str = "") -> str:
-    """The last one given; without `advice` it need not be given and is then empty."""
-    if name in words[:-1]:
-        return words[len(words) - words[::-1].index(name)]
-    if advice:
-        raise SlurmError(f"{name} is missing: {advice}")
-    return ""
 
 
 def _environment(pairs: Sequence[str]) -> dict[str, str]:

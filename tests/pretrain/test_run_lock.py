@@ -58,3 +58,57 @@ def test_without_locks_what_is_written_decides(
     else:
         with pytest.raises(RunError, match=f"process {pid} on .* since then.*if it no longer runs, remove"):
             lock.take()
+
+
+@pytest.mark.parametrize("sure", [True, False], ids=["locked", "no locks"])
+@pytest.mark.parametrize(("job", "start"), [("31", "0"), ("31", "1"), ("32", "0")])
+def test_an_earlier_start_of_the_same_job_is_waited_for(
+    sure: bool,
+    job: str,
+    start: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file server may hold the lock of a lost node for a while; where there are no locks, its words stay for ever."""
+    lockf, tries = fcntl.lockf, []
+
+    def late(*how: int) -> None:
+        tries.append(1)
+        if not sure or len(tries) < 3:
+            raise OSError(errno.EAGAIN if sure else errno.ENOLCK, "no")
+        lockf(*how)
+
+    ticks = iter(range(1000))
+    monkeypatch.setattr("pretrain.run_lock.time.monotonic", lambda: 50.0 * next(ticks))
+    monkeypatch.setattr("pretrain.run_lock.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(fcntl, "lockf", late)
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    holder = {"host": "lost", "pid": 12, "since": "then", "job": job, "start": start}
+    (tmp_path / ".lock").write_text(json.dumps(holder))
+    lock = RunLock(tmp_path)
+    if (job, start) == ("31", "0"):
+        lock.take()
+        told = json.loads((tmp_path / ".lock").read_text())
+        assert (told["pid"], told["job"], told["start"]) == (os.getpid(), "31", "1")
+        assert len(tries) == (3 if sure else 4), "without locks as long as a file server may take"
+        assert "an earlier start of this job still holds" in capsys.readouterr().err
+    else:
+        with pytest.raises(RunError, match=rf"process 12 on lost \(job {job}\), since then"):
+            lock.take()
+        assert len(tries) == 1
+
+
+def test_a_lock_that_stays_is_told_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held(*_: object) -> None:
+        raise OSError(errno.EAGAIN, "no")
+
+    monkeypatch.setattr("pretrain.run_lock.PATIENCE", 0.0)
+    monkeypatch.setattr(fcntl, "lockf", held)
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    holder = {"host": "lost", "pid": 12, "since": "then", "job": "31", "start": "0"}
+    (tmp_path / ".lock").write_text(json.dumps(holder))
+    with pytest.raises(RunError, match="process 12 on lost"):
+        RunLock(tmp_path).take()

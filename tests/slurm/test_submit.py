@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -82,10 +83,100 @@ def test_a_config_that_is_not_there_is_told_before_the_queue(config, message, ca
 
 
 def test_data_that_only_the_nodes_may_see_are_told(tmp_path, capsys):
-    assert submit(*TRAIN, "--output", tmp_path / "run", "--dry-run") == 0
-    assert "--data.train /data/train is not here" in capsys.readouterr().err
-    assert submit(*TRAIN, "--data.train", tmp_path, "--output", tmp_path / "run", "--dry-run") == 0
+    scored = ["--evaluate-train", tmp_path, "--evaluate-test", "/data/val"]
+    assert submit(*TRAIN, "--output", tmp_path / "run", *scored, "--dry-run") == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("--data.train /data/train is not here") and second.startswith(
+        "--evaluate-test /data/val is"
+    )
+    scored = ["--evaluate-train", "s3://bucket/train", "--evaluate-test", "/data/{0..9}.tar"]
+    assert submit(*TRAIN, "--data.train", tmp_path, "--output", tmp_path / "run", *scored, "--dry-run") == 0
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--data.global_batch_size", 30, "--nodes", 4],
+            "30 cannot be divided by 4 processes (4 nodes x 1): the nearest",
+        ),
+        (
+            ["--nodes", 3, "--gpus-per-node", 2],
+            "_size 128 cannot be divided by 6 processes (3 nodes x 2)",
+        ),  # the config's
+        (["--epochs", 3], "give the length of the run once"),
+        (["--data.train", ""], "--data.train is missing"),
+    ],
+)
+def test_what_every_process_would_refuse_is_refused_before_the_queue(arguments, message, tmp_path, capsys):
+    assert submit(*TRAIN, "--output", tmp_path / "run", *arguments, "--dry-run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data", "{global_batch_size: 30, train: /data/train}", "--nodes", 4],  # the job will take it apart
+        ["--epochs", "null", "--nodes", 2],
+        ["--epochs", 3, "--trainer.max_steps", "-1"],
+    ],
+)
+def test_what_cannot_be_seen_is_left_to_the_job(arguments, tmp_path):
+    assert submit(*TRAIN, "--output", tmp_path / "run", *arguments, "--dry-run") == 0
+
+
+def test_a_config_that_is_no_yaml_is_told(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("a: [")
+    assert submit("--config", tmp_path / "x.yaml", "--output", tmp_path / "run", "--dry-run") == 2
+    assert "x.yaml: not valid YAML" in capsys.readouterr().err
+
+
+HOLDS = "import sys, time; from pathlib import Path; from pretrain.run_lock import RunLock\n"
+HOLDS += "lock = RunLock(Path(sys.argv[1])); lock.take(); print(flush=True); time.sleep(100)"
+
+
+def test_a_run_that_trains_now_is_not_queued_a_second_time(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    environment = os.environ | {"SLURM_JOB_ID": "31", "SLURM_RESTART_COUNT": "2"}
+    command = [sys.executable, "-c", HOLDS, run]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as other:
+        try:
+            assert other.stdout is not None
+            other.stdout.readline()
+            assert submit(*TRAIN, "--output", run, "--dry-run") == 2
+            assert f"another process trains in {run}: process {other.pid} on " in (told := capsys.readouterr().err)
+            assert "(job 31), since" in told and (run / ".lock").exists()
+        finally:
+            other.kill()
+    assert submit(*TRAIN, "--output", run, "--dry-run") == 0  # the file alone holds nothing
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(("asked", "told"), [(40, True), (41, False)])
+def test_a_finished_run_is_told(asked, told, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    (tmp_path / "config.yaml").write_text("model: {}\ndata: {}\ntrainer: {}\n")
+    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss\n30,7.5,1.0\n40,10.0,0.9\n")
+    more = ["--data.train", tmp_path, "--output", tmp_path, "--dry-run"]
+    assert submit(*TRAIN, *more, "--trainer.max_steps", asked) == 0
+    assert (f"{tmp_path} has 40 of 40 steps: the job will say that it is fin" in capsys.readouterr().err) == told
+    by_epochs = ["--trainer.max_steps", "-1", "--epochs", asked / 4]
+    assert submit(*TRAIN, *more, *by_epochs) == 0
+    assert ("40 of 40 steps" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("file", "is a file; name a folder"), (".", "holds files but no trivit run"), ("file/run", "cannot be made in ")],
+)
+def test_a_folder_in_which_no_run_can_begin_is_refused(place, message, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert submit(*TRAIN, "--output", tmp_path / place, "--dry-run") == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_slurm_the_user_is_told(tmp_path, monkeypatch, capsys):
@@ -106,7 +197,8 @@ def test_what_slurm_refuses_is_told(tmp_path, monkeypatch, capsys):
 def test_submitting_needs_no_torch():
     code = (
         "import sys; from pretrain.cli import main\n"
-        "main(['slurm', 'submit', '--config', 'mae_demo', '--output', '/tmp/none', '--dry-run'])\n"
+        "words = '--config mae_demo --data.train /tmp --output /tmp/none --dry-run'\n"
+        "assert main(['slurm', 'submit', *words.split()]) == 0\n"
         "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
