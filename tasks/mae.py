@@ -31,7 +31,7 @@ class MAEOutput(NamedTuple):
     loss: Tensor  # scalar, float32 or better
     pred: Tensor | None  # [b n s], each patch in (row, column, channel) order; None where only the loss was asked for
     mask: Tensor  # [b n], 1 = hidden
-    latent: Tokens  # of the visible patches, in ascending order of their noise
+    latent: Tokens  # of the visible patches, in ascending order of their noise; without a gradient
 
 
 class MAE(nn.Module):
@@ -123,6 +123,8 @@ class MAE(nn.Module):
         pred = self._predict(last(tokens, hide.shape[1]))
         loss = self._loss(images, pred, hide)
         mask = torch.ones_like(noise).scatter_(1, keep, 0)
+        # FSDP2 hangs a hook on all that a sharded model gives with a gradient, and warns of views, which these are.
+        latent = Tokens(*(tokens.detach() for tokens in latent))
         if loss_only:
             return MAEOutput(loss, None, mask, latent)
         everything = self._predict(tokens[:, self.encoder.num_prefix :])

@@ -43,10 +43,11 @@ TERMS = {
     "KoLeo": ([*DINOV2, "--model.koleo_weight", 0.1], "64-true"),
 }  # fmt: skip
 # Traced as torch.compile does, without the minutes that generating code takes on a CPU; leaves a byte for each graph.
-# And each rank writes down where it has built its models.
+# And each rank writes down where it has built its models. What FSDP2 warns of could be gradients that are wrong.
 BEFORE = """
-import os, pathlib, sys, torch
+import os, pathlib, sys, torch, warnings
 import pretrain.run
+warnings.filterwarnings("error", message="FSDP2-wrapped module")
 compiling, build = torch.compile, pretrain.run.instantiate
 def noted(cli, config):
     parts = build(cli, config)
