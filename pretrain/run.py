@@ -218,6 +218,8 @@ def _lay_out(trainer: Trainer, task: PretrainTask, data: ShardDataModule, stop: 
         )
     layout = data.layout(trainer.world_size)
     trainer.accumulate_grad_batches = data.batches_per_step(trainer.world_size)
+    # As its schedule before: now, and not when all ranks have met. A task asks for both again in `on_fit_start`, for
+    # those who fit it with a Trainer of their own.
     task.check_trainer(trainer, data)
     data.on_failure = stop.fail if trainer.world_size > 1 else None
     if trainer.is_global_zero:
