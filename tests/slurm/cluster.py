@@ -2,7 +2,7 @@
 
     apt-get install -y slurm-wlm munge iproute2
     python -m tests.slurm.cluster start DIR      # prints: export SLURM_CONF=DIR/slurm.conf
-    python -m tests.slurm.cluster stop DIR
+    python -m tests.slurm.cluster stop DIR       # prints what has ended, jobs included
 
 Each node is in a network namespace of its own, with a name and an address of its own (`tests.slurm.network`): ranks of
 two nodes talk as they would between two machines. Partition `main` is preempted by partition `urgent`, with some
@@ -19,12 +19,13 @@ import sys
 import time
 from pathlib import Path
 
-from tests.slurm import network
+from tests.slurm import daemons, network
+from tests.slurm.daemons import Process
 from tests.slurm.network import Network
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 NODES = ("n1", "n2")
-NETWORK = "network"
+NETWORK, CONF = "network", "slurm.conf"
 
 CONFIG = """
 ClusterName=trivit
@@ -50,6 +51,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
+SlurmdTimeout=15
 KillWait=20
 MailProg=/bin/true
 PreemptType=preempt/partition_prio
@@ -70,15 +72,23 @@ def missing() -> list[str]:
 
 
 def start(folder: Path) -> Path:
-    """Start everything; returns slurm.conf, whose path belongs into SLURM_CONF."""
-    (folder / "state").mkdir(parents=True)
+    """Start everything, or nothing; returns slurm.conf, whose path belongs into SLURM_CONF."""
+    (folder / "state").mkdir(parents=True)  # FileExistsError where there is one already, which goes on
+    try:
+        return _start(folder)
+    except BaseException:
+        stop(folder)
+        raise
+
+
+def _start(folder: Path) -> Path:
     folder.chmod(0o755)
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
-    munge = ["--key-file", key, "--socket", folder / "munge.socket", "--pid-file", folder / "munged.pid"]
-    munge += ["--log-file", folder / "munged.log", "--seed-file", folder / "munged.seed", "--force"]
-    _run("munged", *munge)
+    munge = ["--foreground", "--force", "--key-file", key, "--socket", folder / "munge.socket"]
+    munge += [f"--{file}-file={folder}/munged.{file}" for file in ("log", "pid", "seed")]
+    daemons.start(folder, "munged", [_found("munged"), *munge])
     net = Network.drawn()
     (folder / NETWORK).write_text(f"{net.tag} {net.subnet}")
     net.start(len(NODES))
@@ -90,16 +100,17 @@ def start(folder: Path) -> Path:
         f"NodeName={name} NodeHostname={name} NodeAddr={address} Port={port} CPUs=2 RealMemory=4000 State=UNKNOWN"
         for name, address, port in zip(NODES, addresses, ports[1:], strict=True)
     ]
-    config = folder / "slurm.conf"
+    config = folder / CONF
     config.write_text(
         CONFIG.format(folder=folder, host=host, address=net.host, controller=ports[0], nodes="\n".join(nodes))
     )
-    _run("slurmctld", "-i", "-f", config)
+    until = time.monotonic() + 60
+    while not (folder / "munge.socket").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    daemons.start(folder, "slurmctld", [_found("slurmctld"), "-D", "-i", "-f", config])
     for i, name in enumerate(NODES, start=1):
         (folder / name).mkdir()
-        program, *command = net.inside(i, hosts, [_found("slurmd"), "-f", config, "-N", name])
-        _run(program, *command)
-    until = time.monotonic() + 60
+        _start_node(folder, i)
     while time.monotonic() < until:
         idle = subprocess.run(
             ["sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D"], env=os.environ | {"SLURM_CONF": str(config)},
@@ -109,41 +120,56 @@ def start(folder: Path) -> Path:
             return config
         time.sleep(0.3)
     logs = "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
-    stop(folder)
     raise RuntimeError(f"no SLURM within a minute:\n{logs}")
 
 
-def stop(folder: Path) -> None:
-    """End what was started in this folder."""
-    names = [*NODES, "slurmctld", "munged"]
-    for name in names:
-        _signal(folder / f"{name}.pid", signal.SIGTERM)
-    until = time.monotonic() + 15
-    while time.monotonic() < until and any(_signal(folder / f"{name}.pid", 0) for name in names):
-        time.sleep(0.2)
-    for name in names:
-        _signal(folder / f"{name}.pid", signal.SIGKILL)
-    if (folder / NETWORK).exists():
-        network_of(folder).stop(len(NODES))
+def _start_node(folder: Path, node: int) -> None:
+    name = NODES[node - 1]
+    command = [_found("slurmd"), "-D", "-f", folder / CONF, "-N", name]
+    daemons.start(folder, f"slurmd-{name}", network_of(folder).inside(node, folder / "hosts", command))
+
+
+def lose(folder: Path, node: int) -> list[str]:
+    """A node, counted from 1, is without power: nobody hears of it any more, and all that it ran is gone.
+
+    Returns:
+        The names of what ran there.
+    """
+    net = network_of(folder)
+    net.plug(node, False)  # first, or the others would be told that a connection ends
+    lost = []
+    while found := list(filter(None, map(Process.of, net.pids(node)))):
+        lost += [process.name for process in found]
+        for process in found:
+            process.send(signal.SIGKILL)
+    return lost
+
+
+def bring_back(folder: Path, node: int) -> None:
+    """A node that was lost is switched on again."""
+    network_of(folder).plug(node, True)
+    _start_node(folder, node)
+
+
+def stop(folder: Path, patience: float = 15) -> list[str]:
+    """End what was started in this folder and whatever else runs on its nodes; returns what that was, in words.
+
+    Processes get `patience` seconds to end by themselves. RuntimeError when one cannot be ended.
+    """
+    ended = daemons.end(daemons.started(folder), patience)
+    if not (folder / NETWORK).exists():
+        return ended
+    net = network_of(folder)
+    nodes = range(1, len(NODES) + 1)
+    while found := list(filter(None, map(Process.of, (pid for node in nodes for pid in net.pids(node))))):
+        ended += daemons.end(found, patience)  # of jobs, and a slurmd that nobody knows of
+    net.stop(len(NODES))
+    return ended
 
 
 def network_of(folder: Path) -> Network:
     """Between the nodes of the cluster in this folder."""
     return Network(*(folder / NETWORK).read_text().split())
-
-
-def _signal(pid_file: Path, signum: int) -> bool:
-    try:
-        os.kill(int(pid_file.read_text()), signum)
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        return False
-    return True
-
-
-def _run(program: str, *arguments: object) -> None:
-    subprocess.run(
-        [_found(program), *map(str, arguments)], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
 
 
 def _found(program: str) -> str:
@@ -166,6 +192,9 @@ if __name__ == "__main__":
     if lacking := missing():
         sys.exit(f"a SLURM cluster needs {', '.join(lacking)} (apt-get install slurm-wlm munge iproute2, as root)")
     if sys.argv[1] == "start":
+        if (Path(sys.argv[2]) / "state").exists():
+            sys.exit(f"{sys.argv[2]} has a cluster: stop it and take another folder")
         print(f"export SLURM_CONF={start(Path(sys.argv[2]).resolve())}")
     else:
-        stop(Path(sys.argv[2]).resolve())
+        ended = stop(Path(sys.argv[2]).resolve())
+        print("\n".join(f"ended {each}" for each in ended) or f"nothing of {sys.argv[2]} was running")

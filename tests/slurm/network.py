@@ -71,6 +71,15 @@ class Network:
         space = ["nsenter", f"--net=/run/netns/{self._space(node)}", "unshare", "--mount", "--uts", "sh", "-c", private]
         return [*space, "sh", str(hosts), f"n{node}", *map(str, command)]
 
+    def pids(self, node: int) -> list[int]:
+        """Processes that run on a node, whoever has started them."""
+        found = subprocess.run(["ip", "netns", "pids", self._space(node)], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in found.stdout.split()]
+
+    def plug(self, node: int, connected: bool) -> None:
+        """Nothing comes to a node or leaves it while it is not connected."""
+        _ip("link", "set", f"v{self.tag}{node}", "up" if connected else "down")
+
     def received(self, node: int) -> int:
         """Bytes that have come to a node from others."""
         return int(Path(f"/sys/class/net/v{self.tag}{node}/statistics/tx_bytes").read_text())
