@@ -23,7 +23,7 @@ from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.errors import NonFiniteError
 from pretrain.saving import reason, save_together
 from pretrain.stop import StopRequest
-from tasks.gradients import gradient_norms, skip_step_unless_finite
+from tasks.gradients import skip_step_unless_finite
 
 
 class Sent:
@@ -78,8 +78,8 @@ class FiniteGuard(Callback):
         """Collective: agree on bad losses, stop signals and failures of single ranks before the weights move."""
         losses = [float(loss) * trainer.accumulate_grad_batches for loss in self._losses]
         bad_micro = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        self.grad_norm = gradient_norms(gradients).norm() if gradients else torch.zeros(())
+        task: Any = pl_module
+        self.grad_norm = task.measure_gradients().norms.norm()
         now = Norm(trainer.global_step + 1, Sent(self.grad_norm), self._keys)
         if not self.grad_norm.is_cuda:
             self._unread = now

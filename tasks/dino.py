@@ -247,6 +247,10 @@ class DINO(nn.Module):
         for name, statistics in output.statistics.items():
             self._observed[name] = self._observed[name] + statistics if name in self._observed else statistics
 
+    def forget(self) -> None:
+        """Lets go of what `observe` remembered."""
+        self._observed.clear()
+
     def update_centers(self) -> None:
         """Collective: moves the centres by all that was observed on all ranks since the last time."""
         for name, targets in (("dino", self.dino_targets), ("ibot", self.ibot_targets)):

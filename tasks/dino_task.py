@@ -124,6 +124,7 @@ class DINOTask(PretrainTask):
         self.layer_decay, self.patch_embed_lr_scale = layer_decay, patch_embed_lr_scale
         self.init_encoder, self.init_checkpoint = init_encoder, init_checkpoint
         self.compile_blocks, self.activation_checkpointing = compile_blocks, activation_checkpointing
+        self._skipped = False
         self.model = DINO(Encoder(encoder), head, ibot, koleo_weight, targets, student_temp, center_momentum)
         if (layer_decay, patch_embed_lr_scale) != (1, 1) and not self.model.student.encoder.maskable:
             raise TaskError(f"layer_decay and patch_embed_lr_scale know plain ViTs only, not {encoder.arch}")
@@ -235,8 +236,9 @@ class DINOTask(PretrainTask):
             part = name.split(".")[0]
             module = part if part in ("head", "patch_head") else "encoder"
             groups.setdefault(name if self.clip == "parameter" else module, []).append(parameter)
-        norms = clip_gradients(groups.values(), self.clip_grad)
-        skip_step_unless_finite(optimizer, norms)
+        measured, self._measured = self._measured or self.measure_gradients(), None  # clipping changes them
+        norms = clip_gradients(groups.values(), self.clip_grad, measured)
+        self._skipped = skip_step_unless_finite(optimizer, norms)
         done = self.trainer.global_step / self._data.steps_per_epoch
         for name, parameter in student.named_parameters():
             frozen = done < self.freeze_last_layer_epochs and "last_layer" in name
@@ -246,12 +248,19 @@ class DINOTask(PretrainTask):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Collective: the student takes its step, then the teacher and the centres move, before any callback saves."""
+        """Collective: the student takes its step, then the teacher and the centres move, before any callback saves.
+
+        They stay where they are if a gradient scaler skips the step (the authors' move on): what a micro-batch gave in
+        float16 that overflowed is not to be trusted.
+        """
         step, total = self.trainer.global_step, self.trainer.max_steps
         for group in optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = self.weight_decay_at(step, total)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._skipped:
+            self.model.forget()
+            return
         self.model.update_teacher(self.momentum_at(step, total))
         self.model.update_centers()
 

@@ -15,6 +15,7 @@ from tasks.blocks import compile_forward, recompute
 from tasks.encoder_config import EncoderConfig
 from tasks.encoders import Encoder
 from tasks.errors import TaskError
+from tasks.gradients import Measured, measure_gradients
 from tasks.param_groups import weight_decay_groups
 from tasks.schedules import set_learning_rate, warmup_cosine
 from tasks.sharding import everything, is_sharded, materialize, shard
@@ -75,6 +76,7 @@ class PretrainTask(pl.LightningModule):
         self.warmup_epochs, self.warmup_steps = warmup_epochs, warmup_steps
         self.weight_decay, self.betas = weight_decay, betas
         self.lr_now = 0.0
+        self._measured: Measured | None = None
         self._prepared = False
 
     def peak_lr(self, global_batch_size: int) -> float:
@@ -189,6 +191,14 @@ class PretrainTask(pl.LightningModule):
         place = (self._data.seed, self.trainer.global_step, micro, self.trainer.global_rank)
         torch.manual_seed(zlib.crc32(repr(place).encode()))
 
+    def measure_gradients(self) -> Measured:
+        """Collective where they are sharded: lengths of the gradients of this optimiser step, before they are clipped.
+
+        Clipping uses what was measured since the backward pass, so that nothing is measured twice.
+        """
+        self._measured = measure_gradients(self.parameters())
+        return self._measured
+
     def optimizer_step(
         self,
         epoch: int,
@@ -202,6 +212,7 @@ class PretrainTask(pl.LightningModule):
             self.trainer.global_step, self.trainer.max_steps, data.steps_per_epoch, data.global_batch_size
         )
         set_learning_rate(optimizer, self.lr_now)
+        self._measured = None
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Lightning would keep them through the next forward pass, at the end of which memory peaks.
         optimizer.zero_grad(set_to_none=True)

@@ -13,6 +13,8 @@ from pretrain import guard as module
 from pretrain.errors import NonFiniteError
 from pretrain.guard import FiniteGuard
 from pretrain.stop import StopRequest
+from tasks.gradients import measure_gradients
+from tests.tasks.dino_runs import Views, fit, same, state, tiny_task
 
 waited: list[int] = []
 """Numbers of the copies to the host that were waited for; a step makes two: its loss, then its norm."""
@@ -61,7 +63,7 @@ class Run:
         self.optimizer.defaults["fused"] = True
 
     def step(self) -> None:
-        model: Any = SimpleNamespace(parameters=lambda: [self.parameter])
+        model: Any = SimpleNamespace(measure_gradients=lambda: measure_gradients([self.parameter]))
         self.guard.on_train_batch_start(self.trainer, model, {"key": [f"of step {self.trainer.global_step + 1}"]}, 0)
         self.guard.on_before_backward(self.trainer, model, torch.empty((), device="cuda"))
         self.parameter.grad = torch.empty(4, device="cuda")
@@ -88,3 +90,27 @@ def test_a_bad_norm_is_found_one_step_later_or_before_saving(
     run.step()
     with pytest.raises(NonFiniteError, match=r"a gradient became NaN or infinite at step 1 .samples of step 1 "):
         run.guard.check_before_saving(run.trainer) if saves else run.step()
+
+
+class Named(Views):
+    """Views whose samples have names."""
+
+    def batch(self, micro_step: int) -> dict[str, Any]:
+        return {**super().batch(micro_step), "key": ["a sample"]}
+
+
+@pytest.mark.parametrize("clip", ["parameter", "module"])
+def test_gradients_are_measured_once_for_the_log_and_for_clipping(
+    clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    norm = torch._foreach_norm
+    monkeypatch.setattr(torch, "_foreach_norm", lambda tensors: calls.append(len(tensors)) or norm(tensors))
+    watched, alone = (tiny_task(clip=clip, clip_grad=0.01) for _ in range(2))
+    guard = FiniteGuard(tmp_path, StopRequest())
+    fit(watched, 3, Named(), callbacks=[guard], accumulate_grad_batches=2)
+    trained = sum(parameter.requires_grad for parameter in watched.parameters())
+    assert calls == 3 * [trained]
+    assert guard.grad_norm is not None and guard.grad_norm > 1, "logged as it was before clipping"
+    fit(alone, 3, Named(), accumulate_grad_batches=2)
+    assert calls == 6 * [trained] and same(state(watched), state(alone))
