@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from datamodules.class_labels import MOST_BYTES
 from datamodules.console import one_line, table, tell
 from datamodules.contact_sheet import contact_sheet, save_sheet
 from datamodules.errors import DataError
@@ -111,14 +112,14 @@ def _labels(index: ShardIndex) -> Counter[str]:
     members = [index.members(i).get("cls") for i in range(len(index))]
     fd = open_tar(index.path)
     try:
-        return Counter(_label(os.pread(fd, min(m.size, 20), m.offset)) for m in members if m is not None)
+        return Counter(_label(os.pread(fd, min(m.size, MOST_BYTES), m.offset)) for m in members if m is not None)
     finally:
         os.close(fd)
 
 
 def _label(data: bytes) -> str:
     """A label as text."""
-    return one_line(data.decode("ascii", "replace"))
+    return one_line(data.decode("utf-8", "replace"))
 
 
 def _histogram(manifest: Manifest, labels: Counter[str]) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from datamodules.class_labels import CLASSES, LabelKinds, labels_of, named_by_labels
 from datamodules.errors import DataError, DataFailure
 from datamodules.shard_entry import MISSING, Shard, describe_shard, entry_now, what_changed
 from datamodules.sidecars import locked, read_sidecar, sidecar_places, still_good, write_sidecar
@@ -31,7 +32,6 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.jsonl"
 REMOTE = "trivit_remote.json"
 """In a folder of the cache that stands for a remote set: see `remote_set`."""
-CLASSES = "classes.txt"
 SKIPPED = "skipped.tsv"
 _SHARDS_FOR_PROCESSES = 64
 log = logging.getLogger("trivit")
@@ -206,17 +206,20 @@ def build_manifest(
 ) -> Manifest:  # fmt: skip
     """Index the tars `names` in `root` as far as necessary and write the manifest.
 
-    Names of classes are in `classes.txt` beside the tars, one on each line, or else given. Entries that are `kept` stay
-    as they are, whether their tars can be read or not.
+    Names of classes are in `classes.txt` beside the tars, one on each line; else they are what labels say that are
+    texts, in alphabetical order; else given. Entries that are `kept` stay as they are, whether their tars can be read
+    or not.
     """
     tasks = [(root / name, (kept or {}).get(name)) for name in names]
     described: dict[str, Shard] = {}
     members = Counter[str]()
+    labels: list[LabelKinds] = []
     with tqdm(total=len(tasks), desc="indexing", unit="shard", disable=None, leave=False, delay=0.5) as bar:
         workers = None if len(tasks) >= _SHARDS_FOR_PROCESSES else 1
-        for (path, _), (shard, counts) in spread(_index_shard, tasks, workers=workers, tick=bar.update):
+        for (path, _), (shard, counts, kinds) in spread(_index_shard, tasks, workers=workers, tick=bar.update):
             described[path.name] = shard
             members += counts
+            labels.append(kinds)
     shards = tuple(described[name] for name in names)
     if not sum(shard.samples for shard in shards):
         raise DataError(f"{root}: its {len(names)} tars hold no samples (files called KEY.EXTENSION)")
@@ -227,23 +230,26 @@ def build_manifest(
             raise DataError(cannot_read(root / CLASSES, error)) from error
         except UnicodeDecodeError as error:
             raise DataError(f"{root / CLASSES} is not UTF-8 text: one class name on each line is needed") from error
+    else:
+        classes = named_by_labels(root, labels, classes)
     manifest = Manifest(root, shards, classes, dict(sorted(members.items())))
     write_sidecar(root / MANIFEST, manifest.to_bytes())
     return manifest
 
 
-def _index_shard(task: tuple[Path, Shard | None], tick: Tick) -> tuple[Shard, Counter[str]]:
-    """Index one tar and describe it, unless its entry is given; returns its members of each extension, too."""
+def _index_shard(task: tuple[Path, Shard | None], tick: Tick) -> tuple[Shard, Counter[str], LabelKinds]:
+    """Index one tar and describe it, unless its entry is given; returns members of each extension and labels, too."""
     path, kept = task
     try:
         index = read_index(path)
+        labels = labels_of(index)
     except (DataError, OSError) as error:
         if kept is None or isinstance(error, DataFailure):
             raise
-        return kept, Counter()
+        return kept, Counter(), LabelKinds("", frozenset())
     finally:
         tick(1)
-    return kept or describe_shard(index), index.extension_counts()
+    return kept or describe_shard(index), index.extension_counts(), labels
 
 
 def list_tars(root: Path) -> dict[str, os.stat_result]:

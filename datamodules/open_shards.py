@@ -6,9 +6,10 @@ import os
 import re
 from pathlib import Path
 
+from datamodules.class_labels import CLASSES
 from datamodules.console import tell
 from datamodules.errors import DataError
-from datamodules.manifest import CLASSES, MANIFEST, UNFINISHED, Manifest, skipped_images
+from datamodules.manifest import MANIFEST, UNFINISHED, Manifest, skipped_images
 from datamodules.pack import pack
 from datamodules.remote import is_remote
 from datamodules.remote_set import expand, open_remote, short_names

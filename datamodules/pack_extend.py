@@ -11,9 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from datamodules.class_labels import CLASSES
 from datamodules.console import tell
 from datamodules.errors import DataError
-from datamodules.manifest import CLASSES, MANIFEST, SKIPPED, UNFINISHED, Manifest, load_manifest
+from datamodules.manifest import MANIFEST, SKIPPED, UNFINISHED, Manifest, load_manifest
 from datamodules.pack import left_texts, pack_jobs, report, sum_up
 from datamodules.pack_plan import Entry, Settings, make_entries, plan, with_hash
 from datamodules.shard_writer import LOCK, begin_set, remove_leftovers

@@ -23,9 +23,10 @@ from urllib.parse import quote, unquote
 from tqdm import tqdm
 
 from datamodules import remote, shard_cache
+from datamodules.class_labels import CLASSES
 from datamodules.console import tell
 from datamodules.errors import DataError, DataFailure
-from datamodules.manifest import CLASSES, MANIFEST, REMOTE, Manifest
+from datamodules.manifest import MANIFEST, REMOTE, Manifest
 from datamodules.shard_entry import Shard, describe_shard
 from datamodules.sidecars import cannot_write, locked, write_aside
 from datamodules.tar_index import INDEX_SUFFIX, ShardIndex, read_index, scan_tar

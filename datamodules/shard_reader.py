@@ -7,11 +7,13 @@ import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from datamodules.class_labels import LABEL, class_number
 from datamodules.decode import BadImageError, decode_image
 from datamodules.errors import DataError, DataFailure
 from datamodules.manifest import Manifest
@@ -27,7 +29,7 @@ _RETRY_AFTER = (0.1, 0.5, 2.0)
 _TRY_A_LOST_SHARD_AGAIN_AFTER = 10.0
 _SECONDS_BETWEEN_TOUCHES = 1.0
 _MOST_EVICTIONS_IN_A_ROW = 5
-_NAMES = "a .cls holds a number; to have names, pack class folders, or a table with --label-column"
+_NAMES = "a .cls holds a number, or a name of which all are in classes.txt, one on each line, or in manifest.json"
 Value = TypeVar("Value")
 
 
@@ -82,18 +84,15 @@ class ShardReader:
             raise self._bad(shard, key, reason, passing=damaged) from error
 
     def label(self, shard: int, sample: int) -> int:
-        """Class index of a sample, -1 without one. BadSampleError when the label is no number of a class."""
+        """Class index of a sample, -1 without one. BadSampleError when the label is neither that nor a class's name."""
         key, members = self._find(shard, sample)
-        if "cls" not in members:
+        if LABEL not in members:
             return -1
-        text = bytes(self._read(shard, key, members["cls"])[:20])
-        try:
-            label = int(text)
-        except ValueError:
-            label = -1
-        if label < 0 or (self.manifest.classes and label >= len(self.manifest.classes)):
-            raise self._bad(shard, key, f"cls: {text!r} is no index of a class ({_NAMES})")
-        return label
+        content = bytes(self._read(shard, key, members[LABEL]))
+        number = class_number(content, self._class_numbers)
+        if number is None:
+            raise self._bad(shard, key, f"cls: {content[:40]!r} is no index of a class ({_NAMES})")
+        return number
 
     def member(self, shard: int, sample: int, extension: str) -> bytearray | None:
         """What a sample has under an extension; None when it has nothing. BadSampleError when it cannot be read."""
@@ -107,6 +106,10 @@ class ShardReader:
     def name(self, shard: int) -> str:
         """File name of a shard."""
         return self.manifest.shards[shard].name
+
+    @cached_property
+    def _class_numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.manifest.classes)}
 
     def _find(self, shard: int, sample: int) -> tuple[str, dict[str, Member]]:
         index = self._shard(shard, f"#{sample}").index

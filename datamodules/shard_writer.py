@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from datamodules.class_labels import LabelKinds, labels_of, named_by_labels
 from datamodules.errors import DataError
 from datamodules.manifest import MANIFEST, UNFINISHED, Manifest
 from datamodules.shard_entry import Shard, describe_shard
@@ -72,7 +73,7 @@ class ShardWriter:
     Args:
         dst: the folder; made if necessary.
         samples_per_shard: the last shard may hold fewer.
-        classes: names of the labels in `cls` members.
+        classes: names of the labels in `cls` members; of labels that are names themselves the set collects them.
         prefix: shards are called PREFIX-000000.tar and so on.
         made_by: what makes the set, with its settings, for the manifest and for messages.
 
@@ -94,6 +95,7 @@ class ShardWriter:
         self.manifest: Manifest | None = None
         self._shards: list[Shard] = []
         self._members: Counter[str] = Counter()
+        self._labels: list[LabelKinds] = []
         self._keys: set[int] = set()
         self._file: ShardFile | None = None
         self._lock = contextlib.ExitStack()
@@ -127,8 +129,9 @@ class ShardWriter:
         try:
             if kind is None:
                 self._close_shard()
+                classes = self.classes or named_by_labels(self.dst, self._labels, ())
                 self.manifest = Manifest(
-                    self.dst, tuple(self._shards), self.classes, dict(sorted(self._members.items())), self.made_by
+                    self.dst, tuple(self._shards), classes, dict(sorted(self._members.items())), self.made_by
                 )
                 finish_set(self.manifest)
         except OSError as failure:
@@ -145,6 +148,7 @@ class ShardWriter:
         self._file = None
         self._shards.append(describe_shard(index))
         self._members += index.extension_counts()
+        self._labels.append(labels_of(index))
 
 
 def shard_name(prefix: str, number: int) -> str:

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from datamodules.class_labels import LABEL
 from datamodules.console import table, tell
 from datamodules.manifest import MANIFEST, Manifest, list_tars
 from datamodules.open_shards import named_tars
 from datamodules.sidecars import read_sidecar
 from datamodules.tar_index import Finding, scan_tar
-from datamodules.verify_shard import CAPTION, LABEL, ShardToVerify, VerifiedShard, verify_shard
+from datamodules.verify_shard import CAPTION, ShardToVerify, VerifiedShard, verify_shard
 from datamodules.workers import spread
 
 _MOST_ROWS = 100
@@ -35,7 +36,7 @@ def verify(root: str | os.PathLike[str], *, workers: int | None = None) -> list[
     tars = list_tars(root)
     findings, manifest = _stored_manifest(root)
     listed = {shard.name: shard for shard in manifest.shards} if manifest else {}
-    classes = len(manifest.classes) if manifest else 0
+    classes = {name: number for number, name in enumerate(manifest.classes)} if manifest else None
     for name in sorted(set(listed) - set(tars)):
         detail = f"with {listed[name].samples} samples; {MANIFEST} lists it"
         findings.append(Finding(name, "", "missing shard", detail))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.class_labels import LABEL, class_number, label_name
 from datamodules.errors import DataError
 from datamodules.shard_entry import Shard, describe_shard
 from datamodules.sidecars import read_sidecar
@@ -19,17 +20,17 @@ from datamodules.tar_index import INDEX_SUFFIX, PLAIN_IMAGES, Finding, Member, S
 from datamodules.tar_samples import ARRAY
 from datamodules.workers import Tick
 
-LABEL, CAPTION = "cls", "txt"
+CAPTION = "txt"
 _CODE = frozenset({"pyd", "so", "pth", "pt", "pkl", "pickle", "pyc"})
 _TICK_BYTES = 1 << 22
 
 
 class ShardToVerify(NamedTuple):
-    """A tar, what the manifest says about it (None: no manifest), and how many classes there are (0: unknown)."""
+    """A tar, what the manifest says about it, and the numbers of the classes by name; both None without a manifest."""
 
     path: Path
     listed: Shard | None
-    classes: int
+    classes: Mapping[str, int] | None
 
 
 class VerifiedShard(NamedTuple):
@@ -119,7 +120,7 @@ def _check_sums(members: Mapping[str, Member], data: Mapping[str, bytes]) -> lis
     ]  # fmt: skip
 
 
-def _check_sample(data: Mapping[str, bytes], classes: int) -> list[tuple[str, str]]:
+def _check_sample(data: Mapping[str, bytes], classes: Mapping[str, int] | None) -> list[tuple[str, str]]:
     """What is wrong with the members of one sample, as (kind, detail)."""
     wrong = []
     shape: tuple[int, int] | None = None
@@ -146,21 +147,22 @@ def _check_sample(data: Mapping[str, bytes], classes: int) -> list[tuple[str, st
     return wrong
 
 
-def _check_text(extension: str, content: bytes, classes: int) -> tuple[str, str] | None:
+def _check_text(extension: str, content: bytes, classes: Mapping[str, int] | None) -> tuple[str, str] | None:
     """What is wrong with a label, a caption or a JSON member."""
     try:
         if extension == LABEL:
-            label = int(content)
-            if label < 0 or (classes and label >= classes):
-                return "bad label", f"{label} is none of the {classes} classes" if classes else f"{label}"
+            named = classes is None and label_name(content) is not None
+            if not named and class_number(content, classes or {}) is None:
+                known = f"none of the {len(classes)} classes" if classes else "no number of a class"
+                return "bad label", f"{content[:40]!r} is {known}"
         elif extension == CAPTION and not content.decode().strip():
             return "bad caption", "empty"
         elif extension == "json":
             json.loads(content)
     except UnicodeDecodeError as error:
-        return ("bad label" if extension == LABEL else "bad caption"), f"not UTF-8: {error.reason}"
+        return "bad caption", f"not UTF-8: {error.reason}"
     except ValueError as error:
-        return ("bad label" if extension == LABEL else "bad JSON"), f"{content[:40]!r}: {error}"
+        return "bad JSON", f"{content[:40]!r}: {error}"
     return None
 
 

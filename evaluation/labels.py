@@ -26,7 +26,7 @@ def check_labelled(label: Ints, what: str, given: str | os.PathLike[str] = "") -
         count = "no" if missing == len(label) else f"only {len(label) - missing:,} of {len(label):,}"
         raise EvaluationError(
             f"{count} {what} image has a label: probes need at least two class folders (one alone is packed without "
-            "labels), or a .cls with the number of its class beside each image"
+            "labels), or a .cls with the number or the name of its class beside each image"
         )
     if what == "train" and len(np.unique(label)) < 2:
         raise EvaluationError("all train images are of one class: probes need at least two classes")

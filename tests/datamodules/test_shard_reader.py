@@ -164,7 +164,7 @@ def test_upper_case_and_odd_keys(tmp_path):
     assert list(tmp_path.parent.glob("x.jpg")) == []
 
 
-@pytest.mark.parametrize("text", [b"cat", b"-1", b"", b"3.5", b"9" * 30])
+@pytest.mark.parametrize("text", [b"-1", b"", b"3.5", b"a\nb", b"\xff", b"9" * 30])
 def test_labels_that_are_no_index(tmp_path, text):
     reader = make_tar(tmp_path, {"a.jpg": jpeg(0), "a.cls": text})
     if text == b"9" * 30:

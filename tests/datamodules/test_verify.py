@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.errors import DataError
-from datamodules.manifest import MANIFEST
+from datamodules.manifest import MANIFEST, load_manifest
 from datamodules.shard_writer import ShardWriter
 from datamodules.tar_index import Finding, read_index
 from datamodules.verify import verify, verify_command
@@ -49,7 +49,7 @@ def test_a_clean_set(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_progress_counts_every_byte(whole: Path) -> None:
     tar, ticks = whole / S, list[int]()
-    verify_shard(ShardToVerify(tar, None, 0), ticks.append)
+    verify_shard(ShardToVerify(tar, None, {}), ticks.append)
     assert sum(ticks) == tar.stat().st_size
 
 
@@ -60,15 +60,28 @@ def test_a_clean_set_of_another_writer(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]  # it only reads
 
 
+def test_labels_that_are_names(tmp_path: Path) -> None:
+    labels = {"a": b"cat", "b": b"x" * 999}
+    members = [(f"{k}.{end}", data) for k in labels for end, data in (("jpg", picture(ord(k))), ("cls", labels[k]))]
+    write_tar(tmp_path / "a.tar", members)
+    assert found(tmp_path) == [("a.tar", "b", "bad label")]
+    load_manifest(tmp_path)
+    assert found(tmp_path) == [("a.tar", "b", "bad label")]
+    (tmp_path / "classes.txt").write_text("dog\n")
+    (tmp_path / "manifest.json").unlink()
+    load_manifest(tmp_path)
+    assert found(tmp_path) == [("a.tar", "a", "bad label"), ("a.tar", "b", "bad label")]
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "detail"),
     [
         ({"jpg": b"no image"}, "bad image", ".jpg: no image in a known format"),
         ({"jpg": picture(5)[:200]}, "bad image", ".jpg: "),
         ({"jpg": None}, "no image", "only .cls, .json, .mask.png, .txt"),
-        ({"cls": b"3"}, "bad label", "3 is none of the 3 classes"),
-        ({"cls": b"-1"}, "bad label", "-1 is none of the 3 classes"),
-        ({"cls": b"cat"}, "bad label", "b'cat'"),
+        ({"cls": b"3"}, "bad label", "b'3' is none of the 3 classes"),
+        ({"cls": b"-1"}, "bad label", "b'-1' is none of the 3 classes"),
+        ({"cls": b"cat"}, "bad label", "b'cat' is none of the 3 classes"),
         ({"cls": b"\xff\xff"}, "bad label", ""),
         ({"cls": None}, "no label", "most samples have a .cls"),
         ({"txt": b" \n"}, "bad caption", "empty"),

@@ -14,6 +14,7 @@ from datamodules.manifest import load_manifest
 from datamodules.shard_reader import ShardReader
 from datamodules.shard_writer import ShardWriter
 from evaluation.errors import EvaluationError
+from evaluation.finetune import Finetune
 from evaluation.image_probes import IMAGE_PROBES
 from evaluation.probe_options import with_options
 from evaluation.probes import ProbeSettings
@@ -256,16 +257,28 @@ def test_probes_on_masks_need_no_labels(
     assert "segmentation learns from labelled images: give --train" in capsys.readouterr().err
 
 
-def test_labels_that_are_texts_are_one_clear_line(cache: Path, encoder_file: Path, tmp_path: Path, world: Path) -> None:
-    named = write_images(tmp_path / "named", 24)
-    with ShardWriter(tmp_path / "words", samples_per_shard=40) as writer:
-        reader = ShardReader(load_manifest(named))
-        for i in range(24):
-            writer.write(f"{i}", {"png": bytes(reader.member(0, i, "png") or b""), "cls": b"dog"})
-    with pytest.raises(
-        EvaluationError, match=r"no image under .* could be read \(first: 0: cls: .*dog.* is no index.*--label-column"
-    ):
-        run_evaluate(encoder_file, tmp_path / "words", world / "test")
+def test_labels_that_are_texts_are_matched_by_name(cache: Path, encoder_file: Path, tmp_path: Path) -> None:
+    """Names in `.cls` of both sets give what class folders give; names of no class are one clear line."""
+    named = {part: write_images(tmp_path / part, 48, seed=seed) for seed, part in enumerate(("train", "test"))}
+    texts = {}
+    for part, folder in named.items():
+        manifest = load_manifest(folder)
+        reader, texts[part] = ShardReader(manifest), tmp_path / f"{part}_texts"
+        with ShardWriter(texts[part], samples_per_shard=48) as writer:
+            for i in range(48):
+                name = manifest.classes[reader.label(i // 40, i % 40)]
+                writer.write(f"{i}", {"png": bytes(reader.member(i // 40, i % 40, "png") or b""), "cls": name.encode()})
+        (texts[part] / "manifest.json").unlink()  # as of tars from elsewhere
+    found = [
+        run_evaluate(encoder_file, sets["train"], sets["test"], probes=("knn", "finetune"), floors=False,
+                     settings=ProbeSettings(finetune=Finetune(epochs=1, warmup_epochs=0, batch_size=24)))
+        for sets in (named, texts)
+    ]  # fmt: skip
+    assert found[0]["knn"]["top1"] == found[1]["knn"]["top1"] and found[0]["knn"]["protocol"]["classes"] == len(CLASSES)
+    (texts["train"] / "classes.txt").write_text("yak\n")
+    (texts["train"] / "manifest.json").unlink()
+    with pytest.raises(EvaluationError, match=r"no image .* could be read \(first: .* is no index.*classes\.txt"):
+        run_evaluate(encoder_file, texts["train"], texts["test"])
 
 
 def test_what_is_probed_may_be_chosen(

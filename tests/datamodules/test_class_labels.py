@@ -1,0 +1,81 @@
+"""Labels that are names of classes instead of numbers."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from datamodules.class_labels import class_number, label_name
+from datamodules.manifest import MANIFEST, load_manifest
+from datamodules.shard_reader import BadSampleError, ShardReader
+from datamodules.shard_writer import ShardWriter
+from tests.datamodules.tar_builders import picture, write_tar
+
+
+def labelled(folder: Path, name: str, *labels: bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    members = [(f"{name}{i}.{end}", data) for i, label in enumerate(labels)
+               for end, data in (("jpg", picture(i)), ("cls", label))]  # fmt: skip
+    write_tar(folder / f"{name}.tar", members)
+    return folder
+
+
+def labels(folder: Path) -> list[int]:
+    manifest = load_manifest(folder)
+    reader = ShardReader(manifest)
+    return [reader.label(shard, i) for shard, count in enumerate(manifest.counts) for i in range(count)]
+
+
+def test_names_become_the_classes_of_a_set(tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "set", "a", b"sea lion\n", "größe".encode(), b"sea lion")
+    labelled(folder, "b", b"ant")
+    assert load_manifest(folder).classes == ("ant", "größe", "sea lion")
+    assert labels(folder) == [2, 1, 2, 0]
+    labelled(folder, "c", b"bee", b"sea lion")  # more tars later
+    assert load_manifest(folder).classes == ("ant", "bee", "größe", "sea lion")
+    assert labels(folder) == [3, 2, 3, 0, 1, 3]
+
+
+def test_a_list_of_classes_goes_before_the_names_found(tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "set", "a", b"dog", b"cat", b"0", b"cow")
+    (folder / "classes.txt").write_text("dog\ncat\n")
+    reader = ShardReader(load_manifest(folder))
+    assert [reader.label(0, i) for i in range(3)] == [0, 1, 0]
+    with pytest.raises(BadSampleError, match=r"cls: b'cow' is no index of a class .*classes\.txt"):
+        reader.label(0, 3)
+
+
+@pytest.mark.parametrize("first", [(b"cat", b"7"), (b"7", b"7")])
+def test_numbers_and_names_in_one_set_are_not_mixed(
+    first: tuple[bytes, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise 7 would be whatever class happens to come seventh in the alphabet."""
+    folder = labelled(labelled(tmp_path / "set", "a", *first), "b", b"dog", b"cat")
+    with caplog.at_level(logging.WARNING, "trivit"):
+        assert load_manifest(folder).classes == ()
+    assert "some .cls hold numbers (7), others names (cat)" in caplog.text
+
+
+def test_numbers_stay_numbers_and_only_the_first_of_a_shard_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = labelled(tmp_path / "set", "a", b"3", b"1")
+    read: list[int] = []
+    monkeypatch.setattr("datamodules.class_labels.label_name", lambda content: read.append(1))
+    assert (load_manifest(folder).classes, labels(folder), len(read)) == ((), [3, 1], 1)
+
+
+def test_our_writer_collects_names_too(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set", samples_per_shard=1) as writer:
+        for name in ("owl", "cat"):
+            writer.write(name, {"jpg": picture(), "cls": name.encode()})
+    assert (tmp_path / "set" / MANIFEST).is_file() and labels(tmp_path / "set") == [1, 0]
+
+
+def test_what_is_a_name() -> None:
+    assert [label_name(text) for text in (b" cat \n", b"12", b"-1", b"3.5", b"", b"a\nb", b"\xff", b"x" * 201)] == [
+        "cat", *[None] * 7
+    ]  # fmt: skip
+    numbers = {"a": 0, "b": 1}
+    assert [class_number(text, numbers) for text in (b"b", b"1", b"2", b"-1", b"c")] == [1, 1, None, None, None]
+    assert [class_number(text, {}) for text in (b"2", b"b")] == [2, None]
