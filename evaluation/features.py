@@ -7,12 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import sys
 import tempfile
-import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -29,6 +25,7 @@ from datamodules.manifest import Manifest
 from datamodules.normalize import normalize
 from datamodules.sidecars import cache_home, cannot_write
 from evaluation.errors import EvaluationError
+from evaluation.feature_cache import SummedFile, X, finish_entry, is_whole, put, read_entry, shrink
 from evaluation.lost_images import check_lost
 from evaluation.progress import progress_bar
 from evaluation.team import Team
@@ -36,9 +33,6 @@ from tasks.encoder_config import EncoderConfig
 from tasks.encoder_files import weights_hash
 
 FORMAT = 3
-CACHE_LIMIT_BYTES = 50 << 30
-FILES = ("x.float32", "label.npy", "keys.json")
-DAY = 86_400  # seconds; what is in the making is younger
 
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -101,7 +95,7 @@ def extract(
     Images: of the encoder's channels and bits, shorter side to encoder.config.resize (bicubic, antialiased), centre
     crop of image_size, normalised with the encoder's mean and std. The key is encoder weights and config (with it the
     transform and the pooling), manifest, when its tars were written, and precision. The cache holds
-    `CACHE_LIMIT_BYTES`: what was unused for longest goes first, and all of it may be deleted at any time.
+    `feature_cache.CACHE_LIMIT_BYTES`: what was unused for longest goes first, and all of it may be deleted at any time.
 
     Images that were packed damaged are always left out. Where others are missing because they cannot be read now (a
     shard that is lost or cut, a network that fails), the features are used once and not kept; beyond `MOST_LOST` of all
@@ -129,22 +123,17 @@ def extract(
     manifest = loader.manifest
     cache_dir = cache_dir or cache_home() / "features"
     place = cache_dir / _entry(encoder, manifest, precision)
-    if not _is_whole(place):
+    if not is_whole(place):
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir, ignore_cleanup_errors=True) as aside:
                 new = Path(aside) / "new"
                 if _compute(work, loader, new, team, progress):
                     return _open(new, manifest)  # mapped, so that it outlives its name
-                try:
-                    new.rename(place)
-                except OSError:
-                    if not (place / "about.json").exists():  # half removed, by a process that was killed
-                        shutil.rmtree(place)
-                        new.rename(place)  # otherwise another process was faster
+                put(new, place)
         except OSError as error:
             raise EvaluationError(f"features: {cannot_write(cache_dir, error)}") from error
-        _shrink(cache_dir, keep=place)
+        shrink(cache_dir, keep=place)
     with contextlib.suppress(OSError):
         os.utime(place)  # the longest unused features go first
     return _open(place, manifest)
@@ -155,14 +144,15 @@ def assist(team: Team) -> None:
     while (job := _next_job(team)) is not None:
         work: _Work = job["work"]
         with tempfile.TemporaryDirectory(prefix="trivit-features-") as aside:
-            failure, part = None, None
+            failure, part, file = None, None, Path(aside) / X
             try:
-                part = _part(work, work.loader(team), Path(aside) / "x.float32", progress=False)
+                with file.open("wb") as output:
+                    part = _part(work, work.loader(team), output.write, progress=False)
             except (EvaluationError, DataError, OSError) as error:
                 failure = f"process {team.rank} of the evaluation: {error}"
             with contextlib.suppress(EvaluationError):  # which the first one tells
                 team.agree(failure)
-                team.send(Path(aside) / "x.float32", part)
+                team.send(file, part)
 
 
 def _next_job(team: Team) -> dict[str, Any] | None:
@@ -176,7 +166,7 @@ def cached_features(encoder: Featurizer, manifest: Manifest, cache_dir: Path | N
     """What `extract` left in the cache for this encoder and data set; None when it is not there."""
     for precision in PRECISIONS:
         place = (cache_dir or cache_home() / "features") / _entry(encoder, manifest, precision)
-        if _is_whole(place):
+        if is_whole(place):
             return _open(place, manifest)
     return None
 
@@ -223,39 +213,36 @@ def _compute(work: _Work, loader: EvaluationLoader, place: Path, team: Team, pro
     failure, found = None, _Part([], [], [], [])
     if team.size > 1:
         team.hand_out({"work": replace(work, encoder=work.encoder.cpu())})
-    try:
-        found = _part(work, loader, place / "x.float32", progress)
-    except (EvaluationError, DataError, OSError) as error:
-        if team.size == 1:
-            raise
-        failure = str(error)
-    if team.size > 1:
-        team.agree(failure)
-        with (place / "x.float32").open("ab") as file:
+    with SummedFile(place / X) as x:
+        try:
+            found = _part(work, loader, x.write, progress)
+        except (EvaluationError, DataError, OSError) as error:
+            if team.size == 1:
+                raise
+            failure = str(error)
+        if team.size > 1:
+            team.agree(failure)
             for rank in range(1, team.size):
-                for ours, theirs in zip(found, team.receive(rank, file.write), strict=True):
+                for ours, theirs in zip(found, team.receive(rank, x.write), strict=True):
                     ours += theirs
     manifest = loader.manifest
     if not found.key:
         first = f" (first: {found.bad[0].key}: {found.bad[0].reason})" if found.bad else ""
         raise EvaluationError(f"no image under {manifest.name} could be read{first}: try trivit shards verify")
     check_lost(found.lost, manifest)
-    np.save(place / "label.npy", np.concatenate(found.label))
-    (place / "keys.json").write_text(json.dumps(found.key, ensure_ascii=False))
-    about = {"images": len(found.key), "width": work.encoder.feature_width, "bad": len(found.bad)}
-    about |= {"crc32": {name: _crc32(place / name) for name in FILES}}
-    (place / "about.json").write_text(json.dumps(about))
+    label = np.concatenate(found.label)
+    finish_entry(place, x.crc32, work.encoder.feature_width, label, found.key, len(found.bad))
     return bool(found.lost)
 
 
 @torch.inference_mode()
-def _part(work: _Work, loader: EvaluationLoader, file: Path, progress: bool) -> _Part:
-    """Features of the loader's images, one behind the other in a file."""
+def _part(work: _Work, loader: EvaluationLoader, write: Callable[[bytes], object], progress: bool) -> _Part:
+    """Features of the loader's images, written one behind the other."""
     encoder, config, device = work.encoder.to(work.device), work.encoder.config, torch.device(work.device)
     label: list[NDArray[np.int64]] = []
     keys: list[str] = []
     half = torch.autocast(device.type, torch.bfloat16, enabled=work.precision == "bfloat16")
-    with file.open("wb") as output, progress_bar(loader.num_images, "img", "features", progress) as bar:
+    with progress_bar(loader.num_images, "img", "features", progress) as bar:
         for batch in loader:
             images = normalize(batch["image"].to(device, non_blocking=True), config.mean, config.std)
             with half:
@@ -266,68 +253,13 @@ def _part(work: _Work, loader: EvaluationLoader, file: Path, progress: bool) -> 
                     f"the features of {batch['key'][row]} contain NaN or infinite values: the encoder has diverged, "
                     "evaluate an earlier checkpoint"
                 )
-            output.write(x.cpu().numpy().tobytes())
+            write(x.cpu().numpy().tobytes())
             label.append(batch["label"].numpy())
             keys += batch["key"]
             bar.update(len(x))
     return _Part(label, keys, loader.bad, loader.lost)
 
 
-def _is_whole(place: Path) -> bool:
-    """Whether an entry of the cache is there as it was written; a damaged one is removed, and made again."""
-    if not (place / "about.json").exists():
-        return False
-    try:
-        about = json.loads((place / "about.json").read_text())
-        if all(_crc32(place / name) == about["crc32"][name] for name in FILES):
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    print(f"the cached features in {place} are damaged and are computed again", file=sys.stderr)
-    shutil.rmtree(place, ignore_errors=True)
-    return False
-
-
-def _crc32(file: Path) -> int:
-    found = 0
-    with file.open("rb") as data:
-        while block := data.read(1 << 24):
-            found = zlib.crc32(block, found)
-    return found
-
-
 def _open(place: Path, manifest: Manifest) -> Features:
-    about = json.loads((place / "about.json").read_text())
-    shape = (about["images"], about["width"])
-    return Features(
-        x=np.memmap(place / "x.float32", dtype=np.float32, mode="r", shape=shape),
-        label=np.load(place / "label.npy"),
-        key=json.loads((place / "keys.json").read_text()),
-        classes=manifest.classes,
-        bad=about["bad"],
-        data_hash=manifest.hash,
-        fingerprint=manifest.fingerprint,
-    )
-
-
-def _shrink(cache_dir: Path, keep: Path) -> None:
-    """Remove the features unused for longest until the cache is below its limit; readers keep what they have open.
-
-    And what processes that were killed have left, a day later.
-    """
-    for left in cache_dir.glob(".partial-*"):
-        with contextlib.suppress(OSError):
-            if left.stat().st_mtime < time.time() - DAY:
-                shutil.rmtree(left, ignore_errors=True)
-    entries = sorted((p for p in cache_dir.iterdir() if (p / "about.json").exists()), key=lambda p: p.stat().st_mtime)
-    sizes = {p: sum(file.stat().st_size for file in p.iterdir()) for p in entries}
-    total = sum(sizes.values())
-    for entry in entries:
-        if total <= CACHE_LIMIT_BYTES:
-            break
-        if entry != keep:
-            gone = entry.with_name(f".partial-{entry.name}")  # at once no entry any more, should this process be killed
-            with contextlib.suppress(OSError):
-                entry.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-            total -= sizes[entry]
+    kept = read_entry(place)
+    return Features(*kept[:3], manifest.classes, kept.bad, data_hash=manifest.hash, fingerprint=manifest.fingerprint)

@@ -15,6 +15,7 @@ import torch
 
 from datamodules.errors import DataError
 from datamodules.manifest import load_manifest
+from evaluation import feature_cache
 from evaluation import features as features_module
 from evaluation.errors import EvaluationError
 from evaluation.features import cached_features, extract
@@ -114,6 +115,27 @@ def test_damaged_features_are_told_and_made_again(
     np.testing.assert_array_equal(take(encoder, world / "test").x, want)
 
 
+def test_checksums_are_read_once_by_a_process_and_never_by_the_one_that_wrote(
+    world: Path, cache: Path, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, manifest, read = load_encoder(encoder_file), load_manifest(world / "test"), list[str]()
+    crc32 = feature_cache.file_crc32
+    monkeypatch.setattr(feature_cache, "file_crc32", lambda file: (read.append(file.name), crc32(file))[1])
+    for _ in range(2):
+        take(encoder, world / "test")
+        assert cached_features(encoder, manifest) is not None and read == []
+    feature_cache.CHECKED.clear()  # as in another process
+    for _ in range(2):
+        take(encoder, world / "test")
+        assert cached_features(encoder, manifest) is not None
+        assert read == ["x.float32", "label.npy", "keys.json"]
+    (file,) = cache.rglob("x.float32")
+    data = bytearray(file.read_bytes())
+    data[40] ^= 1
+    file.write_bytes(data)
+    assert cached_features(encoder, manifest) is None, "damage after the check"
+
+
 def test_what_killed_processes_left_goes_a_day_later(world: Path, cache: Path, encoder_file: Path) -> None:
     encoder = load_encoder(encoder_file)
     take(encoder, world / "test")
@@ -130,7 +152,7 @@ def test_oldest_features_leave_a_full_cache(
     world: Path, cache: Path, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load_encoder(encoder_file)
-    monkeypatch.setattr(features_module, "CACHE_LIMIT_BYTES", 1)
+    monkeypatch.setattr(feature_cache, "CACHE_LIMIT_BYTES", 1)
     first = take(encoder, world / "test")
     take(encoder, world / "train")
     assert cached_features(encoder, load_manifest(world / "test")) is None
