@@ -47,8 +47,16 @@ def _label_free(found: Mapping[str, Any]) -> str:
     return f"RankMe {found['rankme']:.1f}, uniformity {found['uniformity']:.2f}, {purity}"
 
 
+def class_mean_words(found: Mapping[str, Any]) -> str:
+    """The mean over classes with its interval; "" where it is top-1, since all classes have as many images."""
+    mean = found.get("mean_per_class")
+    if mean is None or one_decimal(mean) == one_decimal(found["top1"]):
+        return ""
+    return f"mean over classes {_with_interval(found, 'mean_per_class', 'mean_per_class_interval')}"
+
+
 def _top1(found: Mapping[str, Any]) -> str:
-    return f"top-1 {_with_interval(found, 'top1')}"
+    return ", ".join(filter(None, (f"top-1 {_with_interval(found, 'top1')}", class_mean_words(found))))
 
 
 def _corruptions(found: Mapping[str, Any]) -> str:
@@ -69,8 +77,10 @@ def _localisation(found: Mapping[str, Any]) -> str:
     return f"CorLoc {_with_interval(found, 'corloc')} ({blind})"
 
 
-def _with_interval(found: Mapping[str, Any], key: str) -> str:
-    low, high = found["interval"]
+def _with_interval(found: Mapping[str, Any], key: str, interval: str = "interval") -> str:
+    if interval not in found:  # results of earlier versions
+        return f"{one_decimal(found[key])}%"
+    low, high = found[interval]
     return f"{one_decimal(found[key])}% ({one_decimal(low)} to {one_decimal(high)})"
 
 

@@ -1,7 +1,7 @@
 """The probes by name: train and test features in, a result with its protocol out.
 
 A result is plain data for results.json, in percent: {"top1", "top5" (with more than five classes), "interval" (95%, of
-top-1, for the sampling of test images), "protocol", ...}.
+top-1, for the sampling of test images), "mean_per_class" with "mean_per_class_interval", "protocol", ...}.
 """
 
 import math
@@ -22,7 +22,7 @@ from evaluation.label_free import LabelFree, label_free
 from evaluation.linear_mae import LinearMAE
 from evaluation.linear_paper import LinearPaper
 from evaluation.localisation import Localisation
-from evaluation.ranks import UNSEEN, interval, mean_per_class, top
+from evaluation.ranks import UNSEEN, interval, mean_per_class, mean_per_class_interval, top
 from evaluation.robustness import Corruptions
 from evaluation.segmentation import Segmentation
 
@@ -216,16 +216,17 @@ def check_probes(names: Sequence[str]) -> Chosen:
 
 
 def tops(rank: NDArray[np.int64], data: Scored) -> Result:
-    """Top-1, top-5 with more than five classes, mean over classes, and the Wilson interval of top-1; rank [t].
+    """Top-1, top-5 with more than five classes, mean over classes, and intervals of first and last; rank [t].
 
     Images that are `UNSEEN` do not count.
     """
     seen = rank != UNSEEN
-    rank = rank[seen]
+    rank, truth = rank[seen], data.test_label[seen]
     five = {"top5": top(rank, 5)} if data.classes > 5 else {}
     return {
         "top1": top(rank),
         **five,
-        "mean_per_class": mean_per_class(rank, data.test_label[seen]),
+        "mean_per_class": mean_per_class(rank, truth),
         "interval": interval(rank),
+        "mean_per_class_interval": mean_per_class_interval(rank, truth),
     }

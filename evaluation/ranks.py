@@ -39,7 +39,29 @@ def one_decimal(percent: float) -> str:
 
 def interval(rank: Ints) -> list[float]:
     """95% confidence interval of top-1 in percent, for the sampling of test images (Wilson 1927, score interval)."""
-    n, p, z = len(rank), float(np.mean(rank < 1)), 1.959964
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return [round(100 * max(0.0, centre - half), 6), round(100 * min(1.0, centre + half), 6)]
+    low, high = _wilson(np.array([(rank < 1).sum()]), np.array([len(rank)]))
+    return [round(100 * float(low[0]), 6), round(100 * float(high[0]), 6)]
+
+
+def mean_per_class_interval(rank: Ints, truth: Ints) -> list[float]:
+    """95% confidence interval of `mean_per_class`, for the sampling of the test images of each class.
+
+    Wilson's limits l, u of each class's share p make those of their mean: mean p - |p - l| / c and mean p + |u - p| /
+    c, with Euclidean norms over the c classes (Zou, Huang and Zhang 2009, Computational Statistics & Data Analysis 53,
+    p. 1080, of a linear function of binomial proportions). Unlike the sum of p (1 - p) / n it holds for classes with
+    few images, all or none of them right. With one class it is `interval`.
+    """
+    total = np.bincount(truth)
+    right, total = np.bincount(truth, rank < 1)[total > 0], total[total > 0]
+    share = right / total
+    low, high = _wilson(right, total)
+    below, above = (float(np.linalg.norm(share - limit)) / len(share) for limit in (low, high))
+    return [round(100 * (float(share.mean()) - below), 6), round(100 * (float(share.mean()) + above), 6)]
+
+
+def _wilson(right: NDArray[Any], total: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Limits of the shares right / total [c]."""
+    p, z = right / total, 1.959964
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * np.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return np.maximum(0.0, centre - half), np.minimum(1.0, centre + half)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from evaluation.probe_lines import class_mean_words
 from evaluation.run_files import Run
 from evaluation.scoring_terms import Protocol, Score, alike, other_terms, score_of, unusual_terms
 from evaluation.verdict import PROBE_NAMES
@@ -78,7 +79,18 @@ def score_table(runs: Sequence[Run]) -> dict[str, Any] | None:
         "classes": protocol.get("classes"),
         "images": protocol.get("test", {}).get("images"),
         "k": usual.get("knn", {}).get("k"),
+        "class_means": _class_means(runs),
     }
+
+
+def _class_means(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each score whose mean over classes is another number."""
+    found = [(run, probe, class_mean_words(run.results[probe])) for probe in PROBE_NAMES for run in runs
+             if probe in run.results]  # fmt: skip
+    return [
+        f"{PROBE_NAMES[probe]}{f' of {run.name}' if len(runs) > 1 else ''}: {words}."
+        for run, probe, words in found if words
+    ]  # fmt: skip
 
 
 def _heading(probe: str, own: Protocol, main: Protocol) -> str:

@@ -114,7 +114,7 @@ def _score(
         templates=task.templates, class_names=task.class_names, captions=task.captions, **options,
     )  # fmt: skip
     probe, _, number = task.number.partition(".")
-    interval = results[probe].get("interval") if number == METRICS[probe] else None
+    interval = results[probe].get("interval" if number == METRICS[probe] else f"{number}_interval")
     floor = {}
     for name, scores in results.get("floors", {}).items():
         if name in (UNTRAINED, "chance") and probe in scores:

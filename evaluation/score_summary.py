@@ -3,6 +3,7 @@
 from typing import Any
 
 from datamodules.console import table
+from evaluation.probe_lines import class_mean_words
 from evaluation.probes import Result
 from evaluation.ranks import one_decimal
 
@@ -31,6 +32,7 @@ def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
     half = max((r["interval"][1] - r["interval"][0]) / 2 for r in (results[p] for p in probes))
     counts = f"{shared['train']['images']:,} train and {shared['test']['images']:,} test images"
     bad = shared["train"]["bad"] + shared["test"]["bad"]
+    means = [f"{NAMES[name]}: {words}" for name in probes if (words := class_mean_words(results[name]))]
     return "\n".join(
         [
             "",
@@ -38,5 +40,6 @@ def summary(results: dict[str, Result], shared: dict[str, Any]) -> str:
             "",
             f"{counts}, {shared['classes']} classes; 95% interval about +-{one_decimal(half)}"
             + (f"; {bad} unreadable images left out" if bad else ""),
+            *means,
         ]
     )

@@ -27,6 +27,7 @@ METRICS = {
     "segmentation": "miou", "localisation": "corloc", "zeroshot": "top1", "retrieval": "image_to_text.recall@1",
 }  # fmt: skip
 """The number that stands for a probe."""
+SET_EXAMPLE = "ks=5,10, finetune.epochs=30"
 ACCURACIES = ("top1", "mean_per_class")
 """Numbers that a mean may mix, as papers on transfer do."""
 
@@ -42,7 +43,7 @@ class Task:
         probes: as for `evaluate`.
         metric: PROBE.NUMBER, a number in the results; empty: the main one of the first probe.
         class_names, templates, captions: as for `evaluate`.
-        set: settings of the probes, NAME=VALUE.
+        set: settings of the probes, NAME=VALUE, as `--set` takes them.
     """
 
     name: str
@@ -121,7 +122,9 @@ def _task(row: Any, where: str) -> Task:
     known = [field.name for field in fields(Task)]
     if not isinstance(row, dict) or any(key not in known for key in row):
         odd = next((key for key in row if key not in known), row) if isinstance(row, dict) else row
-        raise EvaluationError(f"{where}: there is no {odd}, but {', '.join(known)}")
+        raise EvaluationError(
+            f"{where}: there is no {odd}, but {', '.join(known)} (set has settings of probes, such as {SET_EXAMPLE})"
+        )
     if missing := [key for key in ("name", "test") if not isinstance(row.get(key), str)]:
         raise EvaluationError(f"{where}: {missing[0]} is missing")
     if not re.fullmatch(r"[\w-]+", row["name"]):
@@ -131,7 +134,7 @@ def _task(row: Any, where: str) -> Task:
         if key == "probes":
             values[key] = _several(value, ",", f"{where}: {key}")
         elif key == "set":  # a value may be several numbers, as in ks=5,10
-            pairs = _several(value, r",(?=\s*[A-Za-z_][\w.]*\s*=)", f"{where}: {key}")
+            pairs = _several(value, r",(?=\s*[A-Za-z_][\w.]*\s*=)", f"{where}: set (as in {SET_EXAMPLE})")
             values[key] = tuple(_expanded(pair, where) for pair in pairs)
         elif not isinstance(value, str):
             raise EvaluationError(f"{where}: {key} must be a text, not {value!r}")
