@@ -35,6 +35,9 @@ Ints = NDArray[np.int64]
 class MaskBatches(Dataset[dict[str, Any]]):
     """Batches {"image": [b c s s], "mask": int64 [b s s], "key"} by number; what has no mask of its size is left out.
 
+    `lost` names the samples that `batches` has left out so far and that may be readable another time
+    (`BadSampleError.passing`), each once.
+
     Args:
         root: a folder of shards.
         crop_size, resize: sides of the central crop, and before it of the shorter side, pixels.
@@ -58,6 +61,12 @@ class MaskBatches(Dataset[dict[str, Any]]):
         self.rows = np.arange(manifest.num_samples, dtype=np.int64)
         self.starts = np.cumsum(manifest.counts) - manifest.counts
         self._epoch, self._order = -1, self.rows
+        self._lost: dict[tuple[str, str], BadSample] = {}
+
+    @property
+    def lost(self) -> list[BadSample]:
+        """Samples that could not be read."""
+        return list(self._lost.values())
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -69,6 +78,7 @@ class MaskBatches(Dataset[dict[str, Any]]):
         workers = default_workers(on_accelerator=on_accelerator) if workers is None else workers
         numbers = range(len(self) if steps is None else steps)
         for batch in iterate(self, numbers, workers=workers, pin_memory=on_accelerator):
+            self._lost |= {(bad.shard, bad.key): bad for bad in batch.pop("lost")}
             if batch["key"]:
                 yield batch
 
@@ -77,11 +87,12 @@ class MaskBatches(Dataset[dict[str, Any]]):
         if self.seed is not None and epoch != self._epoch:
             counts = self.reader.manifest.counts
             self._epoch, self._order = epoch, shuffled(self.rows, counts, self.seed, epoch)
-        images, masks, keys = [], [], []
+        images, masks, keys, lost = [], [], [], list[BadSample]()
         for position in range(place * self.batch_size, min((place + 1) * self.batch_size, len(self.rows))):
             try:
                 found = self.pair(int(self._order[position]))
-            except BadSampleError:
+            except BadSampleError as error:
+                lost += _passing(error)
                 continue
             if found is None:
                 continue
@@ -94,8 +105,8 @@ class MaskBatches(Dataset[dict[str, Any]]):
             masks.append(mask[0])
             keys.append(key)
         if not keys:
-            return {"key": []}
-        return {"image": torch.stack(images), "mask": torch.stack(masks).long(), "key": keys}
+            return {"key": [], "lost": lost}
+        return {"image": torch.stack(images), "mask": torch.stack(masks).long(), "key": keys, "lost": lost}
 
     def pair(self, row: int) -> tuple[str, Tensor, Tensor] | None:
         """Key "SHARD/KEY", image [c h w] and mask [1 h w] of a sample by its number in the set; None without a mask.
@@ -167,10 +178,15 @@ class _Counted(Dataset[dict[str, Any]]):
             try:
                 found = self.images.pair(row)
             except BadSampleError as error:
-                lost += [BadSample(error.shard, error.key, error.reason, 0)] if error.passing else []
+                lost += _passing(error)
                 continue
             classes += [] if found is None else np.unique(found[2]).tolist()
         return {"classes": classes, "lost": lost, "samples": len(rows)}
+
+
+def _passing(error: BadSampleError) -> list[BadSample]:
+    """The sample, if it may be readable another time."""
+    return [BadSample(error.shard, error.key, error.reason, 0)] if error.passing else []
 
 
 def _resize_mask(mask: Tensor, size: int) -> Tensor:

@@ -79,13 +79,19 @@ def train_heads(
     with bar:
         for step in range(steps):
             optimizer.zero_grad()
-            losses = torch.zeros(len(learning), device=data.device)
+            losses, read = torch.zeros(len(learning), device=data.device), 0
             for seen, label in parts() if in_parts else _whole(parts()):
                 each = torch.stack([F.cross_entropy(head(seen), label) for head in learning.values()])
                 if in_parts:  # of the whole batch nobody knows yet how many could be read
                     each = each * (len(label) / batch_size)
                 each.sum().backward()  # type: ignore[no-untyped-call]
                 losses += each.detach()
+                read += len(label)
+            if in_parts and read < batch_size:  # now it is known: the mean is over the images that there were
+                losses *= batch_size / read
+                for parameter in (each for module in learning.values() for each in module.parameters()):
+                    if parameter.grad is not None:
+                        parameter.grad *= batch_size / read
             fine &= losses.isfinite()
             if (step % CHECK_EVERY == 0 or step == steps - 1) and not bool(fine.all()):
                 lost = [head for head, good in zip(learning, fine.tolist(), strict=True) if not good]

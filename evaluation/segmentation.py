@@ -67,6 +67,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
     """{"miou", "interval", "pixel_accuracy", "per_class", "majority_miou", "images"} in percent, and "learned".
 
     "learned" has the steps taken and the images seen: those without a mask are passed over, and so is a batch of them.
+    Images that cannot be read now are, too, unless they are more than `MOST_LOST` of a set.
     With `data.drop_unknown` also "left_out": in how many test masks each class is that train lacks; these pixels count
     as 255 does.
 
@@ -79,7 +80,8 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
         config, seed: of the training.
 
     Raises:
-        EvaluationError, DataError: no masks, one class only, or an encoder that cannot be used.
+        EvaluationError, DataError: no masks, one class only, too many images that cannot be read now, or an encoder
+            that cannot be used.
     """
     config.check()
     about = encoder.config
@@ -99,6 +101,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
     learned = {"steps": 0, "images_seen": 0}  # fewer than asked for where images have no masks
     with progress_bar(config.steps, "step", "segmentation", data.progress) as bar:
         for step, batch in enumerate(learn.batches(config.steps, data.workers, on_accelerator)):
+            check_lost(learn.lost, learn.reader.manifest)
             mask = _in_range(batch["mask"], classes, "train").to(data.device)
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
             loss = F.cross_entropy(logits, mask, ignore_index=IGNORE)
@@ -114,6 +117,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
                 raise EvaluationError(
                     f"segmentation: the loss is not finite at step {step}: the encoder has diverged, or lower the rate"
                 )
+    check_lost(learn.lost, learn.reader.manifest)
     if not learned["steps"]:
         raise EvaluationError("segmentation: no train image has a mask of its size")
     head.eval()
@@ -125,6 +129,7 @@ def segmentation(encoder: Encoder, train: Path, test: Path, data: ImageData, con
             mask = _in_range(mask, classes, "test").to(data.device)
             logits = _logits(head, tokens(on_device(batch["image"], encoder, data.device)), encoder, mask)
             found += [pixel_counts(p, m, classes) for p, m in zip(logits.argmax(1), mask, strict=True)]
+    check_lost(scored.lost, scored.reader.manifest)
     if not found:
         raise EvaluationError("segmentation: no test image has a mask of its size")
     counts = np.stack(found)

@@ -163,6 +163,31 @@ def test_masks_that_cannot_be_read_for_a_moment_are_not_forgotten(
     assert len(list((facts / "facts").iterdir())) == 1
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_images_that_fail_while_it_learns_or_scores_are_passed_over_up_to_the_bound(
+    part: str, masked: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, bad = ShardReader.image, set[int]()
+
+    def read(reader: ShardReader, shard: int, sample: int) -> tuple[str, torch.Tensor]:
+        if reader.manifest.root == masked / part and sample in bad and shard == 0:
+            raise BadSampleError(reader.name(shard), f"{sample}", "cannot be read: Input/output error", passing=True)
+        return whole(reader, shard, sample)
+
+    few, roots = Segmentation(steps=30, batch_size=10), (masked / "train", masked / "test")
+    segmentation(encoder_of(), *roots, data_of(roots[1]), few, 0)  # the masks are known from now on
+    monkeypatch.setattr(ShardReader, "image", read)
+    bad |= {1, 2}
+    with pytest.raises(EvaluationError, match=rf"\d of \d+ images of .*{part} cannot be read now \(first: shard"):
+        segmentation(encoder_of(), *roots, data_of(roots[1]), few, 0)
+    monkeypatch.setattr("evaluation.lost_images.MOST_LOST", 0.1)
+    found = segmentation(encoder_of(), *roots, data_of(roots[1]), few, 0)
+    if part == "test":
+        assert found["images"] == 28
+    else:
+        assert found["learned"]["steps"] == 30 and found["learned"]["images_seen"] < 300
+
+
 def test_masks_of_images_that_cannot_be_used_do_not_count(tmp_path: Path) -> None:
     pixels, mask = np.zeros((16, 16, 3), np.uint8), np.ones((16, 16), np.uint8)
     with ShardWriter(tmp_path / "set", samples_per_shard=20) as writer:

@@ -313,3 +313,26 @@ def test_a_batch_that_came_short_is_averaged_over_what_came(
         assert head.bias.grad is not None
         gradients.append(head.bias.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_short_parts_count_by_their_images_and_the_batch_by_what_came(
+    world_data: ImageData, encoder_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of 16, 5 and 3 images of a batch of 48 teach what one of 24 does."""
+    encoder = load_encoder(encoder_file)
+    images = torch.randint(0, 256, (24, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    label, gradients = torch.arange(24) % 6, []
+    for in_parts, sizes in ((False, [24]), (True, [16, 5, 3])):
+        pieces = zip(images.split(sizes), label.split(sizes), strict=True)
+        given = iter([{"image": image, "label": number} for image, number in pieces])
+        monkeypatch.setattr("evaluation.frozen_heads.labelled_batches", lambda *_, given=given, **__: given)
+        torch.manual_seed(0)
+        head = nn.Linear(24, 6)
+        train_heads(
+            encoder, frozen(encoder.features, world_data), {"one": head}, torch.optim.SGD(head.parameters(), lr=0.1),
+            cosine, replace(world_data, batch_size=48 // len(sizes)), world_data.train_rows, batch_size=48, steps=1,
+            seed=0, name="x", in_parts=in_parts,
+        )  # fmt: skip
+        assert head.weight.grad is not None
+        gradients.append(head.weight.grad)
+    torch.testing.assert_close(*gradients)
