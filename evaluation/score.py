@@ -157,6 +157,9 @@ def evaluate(
             results.setdefault("floors", {}).setdefault(floor, {}).update(scores)
         results.update(found)
 
+    how: dict[str, Any] = {
+        "device": device, "workers": workers, "batch_size": batch_size, "precision": precision, "progress": progress
+    }  # fmt: skip
     without_labels = list(learned) == ["label_free"]
     attributes: dict[str, Attribute] = {}
     results: dict[str, Any] = {}
@@ -211,14 +214,12 @@ def evaluate(
         if place is not None and (on_images or dense or paired):
             merge(place, results)  # what took hours is not lost when the next one fails
         if on_images:
-            from evaluation.score_images import score_on_images
+            from evaluation.score_images import Scoring, labelled_images, score_on_images
 
-            for found in score_on_images(
-                on_images, encoder, train_root, trained, test_root, tested, data, settings, about,
-                measure=measure if floors else None, floor_cache=floor_cache, place=place, after=(*dense, *paired),
-                workers=workers,
-                batch_size=batch_size, precision=precision, progress=progress,
-            ):  # fmt: skip
+            scoring = Scoring(encoder, settings, about, floors, floor_cache, place, after=(*dense, *paired))
+            images = labelled_images((train_root, test_root), trained, tested, data, **how)
+            hashes = (trained.fingerprint, tested.fingerprint)
+            for found in score_on_images(on_images, scoring, images, data, hashes, measure):
                 take(found)
                 if place is not None:
                     merge(place, results)
@@ -227,7 +228,7 @@ def evaluate(
         if "attributes" in learned:
             told.append(attribute_summary(results))
     if dense:
-        from evaluation.score_images import score_dense
+        from evaluation.score_images import Scoring, score_dense
 
         given = {"train": (train, train_root), "test": (test, test_root)}
         about = shared | {
@@ -235,27 +236,26 @@ def evaluate(
             for name, (path, root) in given.items()
             if path is not None and root is not None
         }
-        for found in score_dense(
-            dense, encoder, train_root, test_root, settings, about, floors=floors, floor_cache=floor_cache,
-            drop_unknown=drop_unknown_classes, cache_dir=cache_dir, place=place, after=paired,
-            batch_size=batch_size, workers=workers, precision=precision, progress=progress,
-        ):  # fmt: skip
+        scoring = Scoring(encoder, settings, about, floors, floor_cache, place, after=paired)
+        more = {"drop_unknown": drop_unknown_classes, "cache_dir": cache_dir}
+        for found in score_dense(dense, scoring, train_root, test_root, **how, **more):
             take(found)
             if place is not None:
                 merge(place, results)
     told += ["", *lines] if (lines := probe_lines(results)) else []
     if paired:
         # here, since most users never need the text tower
-        from evaluation.text_probes import chosen_captions, score_texts, trained_captions
+        from evaluation.text_probes import chosen_captions, score_texts, table_of_the_run, trained_captions
         from tasks.clip_files import load_clip
 
         trained_with = trained_captions(run_of(source))
-        found, tested = score_texts(
-            load_clip(source, image_size=image_size), test_root, paired, read, device=device,
-            templates=trained_with.templates or None if templates is None else templates,
-            class_names=class_names or (None if class_fields else trained_with.class_names), class_fields=class_fields,
-            captions=chosen_captions(trained_with, captions, templates, class_names),
-        )  # fmt: skip
+        with table_of_the_run(None if class_names else trained_with.class_names):
+            found, tested = score_texts(
+                load_clip(source, image_size=image_size), test_root, paired, read, device=device,
+                templates=trained_with.templates or None if templates is None else templates,
+                class_names=class_names or (None if class_fields else trained_with.class_names),
+                class_fields=class_fields, captions=chosen_captions(trained_with, captions, templates, class_names),
+            )  # fmt: skip
         about = shared | {"test": about_data(tested, test), "classes": len(tested.classes)}
         about |= {"class_fields": list(class_fields)} if class_fields else {}
         for result in found.values():

@@ -1,6 +1,7 @@
 """The probes that compare images with texts: `zeroshot` and `retrieval`, for models that have learned both."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.errors import DataError
 from datamodules.manifest import load_manifest
 from datamodules.sample_captions import CaptionConfig, SampleCaptions
 from datamodules.shard_reader import BadSampleError, ShardReader
@@ -116,6 +118,24 @@ def trained_captions(run: Path | None) -> CaptionConfig:
         return CaptionConfig()
     told = read_run(run).get("data.recipe.captions") or {}
     return CaptionConfig(told.get("field"), tuple(told.get("templates") or ()), told.get("class_names"))
+
+
+@contextlib.contextmanager
+def table_of_the_run(table: str | None) -> Iterator[None]:
+    """Where names of classes come from, if that is the table of the run, and it does not fit other test images.
+
+    Raises:
+        DataError: what is wrong with the table, and which option takes another one.
+    """
+    try:
+        yield
+    except DataError as error:
+        if table is None or not str(error).startswith(str(Path(table).expanduser())):
+            raise
+        raise DataError(
+            f"{error}; this table is the one that the run was trained with: --class-names FILE gives another one for "
+            "these test images"
+        ) from error
 
 
 def chosen_captions(

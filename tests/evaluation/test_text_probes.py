@@ -128,8 +128,14 @@ def test_prompts_are_those_that_the_run_was_trained_with(
         run, test=colours, probes=("zeroshot", "retrieval"), progress=False, class_names=str(tmp_path / "moved.tsv")
     )
     assert moved["zeroshot"]["protocol"]["prompts"] == moved["retrieval"]["texts"] == 16
-    with pytest.raises(DataError, match=r"names\.tsv does not exist"):
-        evaluate(run, test=colours, probes=("retrieval",), progress=False)
+    for probe in ("retrieval", "zeroshot"):
+        with pytest.raises(DataError, match=r"names\.tsv does not exist; this table .* with: --class-names FILE"):
+            evaluate(run, test=colours, probes=(probe,), progress=False)
+    (tmp_path / "names.tsv").write_text("class\tname\nnarwhal\ta whale\n")  # of the set that it was trained on
+    with pytest.raises(DataError, match=r"names\.tsv does not name 4 of 4 classes .* --class-names FILE gives another"):
+        evaluate(run, test=colours, probes=("zeroshot",), progress=False)
+    with pytest.raises(DataError, match=r"names\.tsv does not name 4 of 4 classes \(first: \w+\)$"):
+        evaluate(run, test=colours, probes=("zeroshot",), progress=False, class_names=str(tmp_path / "names.tsv"))
 
 
 def test_captions_of_classes_can_be_found(
