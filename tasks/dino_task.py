@@ -47,8 +47,8 @@ class DINOTask(PretrainTask):
         lr: peak learning rate; exactly one of lr and base_lr.
         base_lr: peak learning rate for a global batch of 256; scaled linearly with the batch.
         min_lr: learning rate at the end.
-        warmup_epochs: length of the warm-up; at most one of warmup_epochs and warmup_steps.
-        warmup_steps: the same in optimiser steps.
+        warmup_epochs: epochs, also fractions of one, in which the rate rises to its peak at the beginning.
+        warmup_steps: the same in optimiser steps; give one of the two, null for the other (both null: no warm-up).
         weight_decay: of matrices and tokens, at the start.
         weight_decay_end: at the end, along a cosine; None: constant.
         betas: AdamW's averaging rates.
