@@ -35,6 +35,7 @@ DERIVED = {
     "enable_model_summary": "nothing: there is none",
     "num_sanity_val_steps": "trivit evaluate",
     "use_distributed_sampler": "nothing: the stream is shared by the ranks already",
+    "sync_batchnorm": "nothing: ranks on GPUs share the statistics of BatchNorm always, on CPUs they cannot",
 }
 
 

@@ -54,6 +54,10 @@ BAD = {
     "accumulation is ours": (["--trainer.accumulate_grad_batches", "2"], ["device_batch_size"]),
     "epochs are ours": (["--trainer.max_epochs", "2"], ["epochs"]),
     "log of nothing": (["--log_every", "0"], ["log_every"]),
+    "BatchNorm is ours": (
+        ["--trainer.sync_batchnorm", "true"],
+        ["sync_batchnorm", "GPUs share", "on CPUs they cannot"],
+    ),
     "bar is ours": (["--trainer.enable_progress_bar", "false"], ["enable_progress_bar"]),
     "mean follows the data": (["--model.encoder.mean", "[0.5,0.5,0.5]"], ["data.mean"]),
     "an accelerator that is not here": (["--trainer.accelerator", "tpu"], ["trainer"]),
@@ -141,11 +145,50 @@ def test_a_timm_model_on_the_command_line_needs_no_sizes(capsys: pytest.CaptureF
         assert (encoder.arch, encoder.width, encoder.depth, encoder.heads) == ("timm:test_vit", None, None, None)
         assert encoder.pool == "mean" and encoder.eval_resize == 64
         said = capsys.readouterr().err.splitlines()
-        assert said == ["timm:test_vit has its own width, depth, heads: what --config says of them is left out"]
+        assert said[0] == "timm:test_vit has its own width, depth, heads: what --config says of them is left out"
+        assert len(said) == (2 if "--model.encoder" in chosen else 1)
     asked = parse([*command, "--model.encoder.arch", "timm:test_vit", "--model.encoder.width", "32"])[1]
     assert asked.model.init_args.encoder.width == 32  # EncoderConfig refuses it
     plain = parse([*command, "--model.encoder.arch", "vit_small"])[1].model.init_args.encoder
     assert (plain.width, plain.depth) == (192, 6)
+
+
+OF_THE_CONFIG = {
+    "arch": "vit_tiny", "width": 192, "depth": 6, "heads": 3, "patch_size": 8, "positions": "learned",
+    "position_resize": "dino", "pool": "mean", "drop_path": 0.1, "eval_resize": 64,
+}  # fmt: skip
+STAYS = "what else --config says of it stays: "
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["--model.encoder", "{depth: 4, drop_path: 0.0, arch: vit_small}"],
+            "--model.encoder sets depth, drop_path, arch; " + STAYS + "width 192, heads 3, patch_size 8, positions "
+            "learned, position_resize dino, pool mean, eval_resize 64",
+        ),
+        (
+            ["--model.head={prototypes: 64, hidden_width: 32}", "--model.head.bottleneck_width", "16"],
+            "--model.head sets prototypes, hidden_width; " + STAYS + "layers 3, norm_last_layer True",
+        ),
+        (["--model.encoder", str({**OF_THE_CONFIG, "width": 96})], None),
+        (["--model.ibot", "{weight: 0.5}"], None),
+        (["--model.encoder.depth", "4", "--model.encoder.width", "null"], None),
+        (
+            ["--data.recipe.init_args.color", "{hue: 0.5}", "--data.recipe.local_views", "2"],
+            None,  # dino_tin40 says nothing of colours
+        ),
+    ],
+)
+def test_what_stays_beside_a_mapping_is_told(
+    given: list[str], said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mapping on the command line changes what it names: nobody trains half of another encoder unawares."""
+    _, config = parse(["--config", "dino_tin40", "--data.train", "x", "--output", "y", *given])
+    assert capsys.readouterr().err.splitlines() == ([] if said is None else [said])
+    encoder = config.model.init_args.encoder
+    assert encoder.patch_size == 8 and encoder.pool == "mean"  # of the config, whatever is given
 
 
 @pytest.mark.parametrize(
