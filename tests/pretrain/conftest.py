@@ -1,5 +1,6 @@
 """A small drawn data set, and a command line that trains on it in about a second."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,9 @@ def small(drawn: Path) -> list[str]:
 def pretrain(*arguments: object) -> int:
     """`trivit pretrain ...` in this process; its exit code."""
     return main(["pretrain", *map(str, arguments)])
+
+
+def written_losses(run: Path) -> list[tuple[str, str]]:
+    """Step and loss of every row of metrics.csv, as they are written; a step that is there twice is found twice."""
+    with (run / "metrics.csv").open() as file:
+        return [(row["step"], row["train/loss"]) for row in csv.DictReader(file)]
