@@ -136,6 +136,23 @@ def test_the_student_does_not_see_hidden_patches_and_the_teacher_does() -> None:
         assert len(one[1]) == hidden.mask.sum()
 
 
+def test_how_many_patches_are_hidden_is_seen_behind_the_blocks_only() -> None:
+    """It differs from step to step; compiled blocks would be compiled again for each new number."""
+    model = tiny(ibot=IBOTConfig())
+    seen: list[torch.Size] = []
+    for branch in (model.student, model.teacher):
+        for block in branch.encoder.blocks:
+            block.register_forward_hook(lambda _m, inputs, output: seen.extend((inputs[0].shape, output.shape)))
+    steps = []
+    for ratio in ((0.2, 0.3), (0.6, 0.8)):
+        hidden = hide_blocks(torch.arange(3), 2, (4, 4), ratio, 1.0)
+        model(*views(), 0.04, hidden)
+        steps.append((len(hidden.places), seen[:]))
+        seen.clear()
+    (few, first), (many, second) = steps
+    assert few < many and first == second and first
+
+
 def test_views_of_one_size_pass_together_and_alone_alike() -> None:
     model = tiny().eval()
     many, small = views()
