@@ -7,7 +7,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import bytes_only, checkpoint, clip_step, dino_step, loader, mae_step, overhead, probes, ranks, scale
+from benchmarks import (
+    bytes_only,
+    checkpoint,
+    clip_step,
+    dino_step,
+    loader,
+    mae_step,
+    measuring,
+    overhead,
+    probes,
+    ranks,
+    scale,
+)  # fmt: skip
 from benchmarks.table import show, write
 
 
@@ -17,7 +29,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/latest.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    parts = (overhead, mae_step, clip_step, dino_step, loader, bytes_only, scale, probes, ranks, checkpoint)
+    parts = (overhead, measuring, mae_step, clip_step, dino_step, loader, bytes_only, scale, probes, ranks, checkpoint)
     rows = []
     for part in tqdm(parts, desc="bench", unit="part", disable=None):
         start = time.perf_counter()
