@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from datamodules.errors import DataError
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.errors import RunError
+from pretrain.nested_settings import leave_out_sizes, spell_nulls, what_stays
 from pretrain.probe_config import ProbeConfig
 from pretrain.run_directory import launched_rank
 from tasks.encoder_config import EncoderConfig
@@ -116,49 +117,19 @@ def parse(arguments: list[str]) -> tuple[PretrainCLI, Namespace]:
             "--config is missing: give a YAML file or the name of a shipped one "
             f"({_shipped()}), for example trivit pretrain --config mae_demo --data.train DIR --output RUN"
         )
+    found = find_configs(arguments)
     try:
-        cli = PretrainCLI(spell_nulls(find_configs(arguments)))
+        cli = PretrainCLI(spell_nulls(found))
     except (ArgumentError, argparse.ArgumentError) as error:
         raise RunError(shorten(str(error))) from error
-    if left_out := leave_out_sizes(cli.config, _encoder_settings(arguments)):
+    told = []
+    if left_out := leave_out_sizes(cli.config, arguments):
         arch = cli.config.model.init_args.encoder.arch
-        if launched_rank() == 0:
-            print(f"{arch} has its own {', '.join(left_out)}: what --config says of them is left out", file=sys.stderr)
+        told = [f"{arch} has its own {', '.join(left_out)}: what --config says of them is left out"]
+    told += what_stays(plain(cli.config), found)
+    if told and launched_rank() == 0:
+        print(*told, sep="\n", file=sys.stderr)
     return cli, cli.config
-
-
-def leave_out_sizes(config: Namespace, given: set[str]) -> list[str]:
-    """A timm model that is chosen on the command line takes the place of the encoder that the config describes.
-
-    Args:
-        config: width, depth and heads of its encoder become None.
-        given: the encoder's settings on the command line: those stay as they are.
-
-    Returns:
-        What was taken out.
-    """
-    encoder = config.get("model.init_args.encoder")
-    if encoder is None or "arch" not in given or not encoder.arch.startswith("timm:"):
-        return []
-    left_out = [name for name in ("width", "depth", "heads") if name not in given and encoder[name] is not None]
-    for name in left_out:
-        encoder[name] = None
-    return left_out
-
-
-def _encoder_settings(arguments: list[str]) -> set[str]:
-    """Names of the encoder's settings on the command line, one by one or in a mapping."""
-    names = set[str]()
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option = re.fullmatch(r"--model\.(?:init_args\.)?encoder(?:\.(\w+))?(?:=(.*))?", argument, re.DOTALL)
-        if option is None:
-            continue
-        if option[1]:
-            names.add(option[1])
-            continue
-        value = yaml.safe_load(following if option[2] is None else option[2])
-        names |= set(value) if isinstance(value, dict) else set()
-    return names
 
 
 def instantiate(cli: PretrainCLI, config: Namespace) -> Namespace:
@@ -172,18 +143,6 @@ def instantiate(cli: PretrainCLI, config: Namespace) -> Namespace:
                 raise cause from None
             cause = cause.__cause__
         raise
-
-
-def spell_nulls(arguments: list[str]) -> list[str]:
-    """`--model.encoder.width null` as `--model.encoder {width: null}`: jsonargparse makes a text of the former."""
-    joined: list[str] = []
-    for argument in arguments:
-        if argument == "null" and joined and re.fullmatch(r"--[\w.]+", joined[-1]):
-            joined[-1] += "=null"
-        else:
-            joined.append(argument)
-    nested = re.compile(r"(--model\.(?!init_args\.\w+=).+)\.(\w+)=null")
-    return [nested.sub(r"\1={\2: null}", argument) for argument in joined]
 
 
 def find_configs(arguments: list[str]) -> list[str]:
