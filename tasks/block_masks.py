@@ -68,7 +68,7 @@ def hide_blocks(rng: Tensor, views: int, grid: Grid, ratio: tuple[float, float],
 
 def _tries(rng: Tensor, view: int, block: int) -> list[list[list[float]]]:
     """Random numbers [b 16 4] in [0, 1) for the tries number `block` and after: area, aspect, row and column."""
-    return random_noise(rng, 4 * _ROUND, f"ibot block {view} {block}").view(-1, _ROUND, 4).tolist()
+    return random_noise(rng, 4 * _ROUND, f"ibot block {view} {block}").view(len(rng), _ROUND, 4).tolist()
 
 
 def _endless(key: Tensor, tries: list[list[float]], view: int) -> Iterator[list[float]]:

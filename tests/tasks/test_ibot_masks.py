@@ -93,6 +93,16 @@ def test_masks_do_not_hold_up_a_step() -> None:
     assert 0 < few.made < many.made < 400
 
 
+def test_a_batch_may_hide_nothing() -> None:
+    """In either view, or in one only."""
+    hidden = hide_blocks(torch.arange(3), 2, (4, 4), RATIO, 1e-9)
+    assert hidden.mask.shape == (6, 16) and not hidden.mask.any() and hidden.places.shape == (0,)
+    assert hide_blocks(torch.arange(0), 2, (4, 4), RATIO, 0.5).mask.shape == (0, 16)
+    keys = torch.arange(40)[:, None]
+    some = [hide_blocks(key, 2, (14, 14), RATIO, 0.5).mask.any(dim=1).tolist() for key in keys]
+    assert {tuple(views) for views in some} == {(False, False), (False, True), (True, False), (True, True)}
+
+
 def test_tiny_grids_end() -> None:
     for side in (1, 2, 3):
         mask = hide_blocks(torch.arange(50), 2, (side, side), (0.3, 0.9), 1.0).mask
