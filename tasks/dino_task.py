@@ -250,8 +250,9 @@ class DINOTask(PretrainTask):
     ) -> None:
         """Collective: the student takes its step, then the teacher and the centres move, before any callback saves.
 
-        They stay where they are if a gradient scaler skips the step (the authors' move on): what a micro-batch gave in
-        float16 that overflowed is not to be trusted.
+        They stay where they are if the step is skipped, as with a gradient scaler after an overflow (the authors' move
+        on): what such micro-batches gave is not to be trusted. Of a fused optimiser, which goes without a scaler, only
+        the device knows; there a run ends a step later.
         """
         step, total = self.trainer.global_step, self.trainer.max_steps
         for group in optimizer.param_groups:
