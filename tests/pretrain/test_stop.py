@@ -59,6 +59,6 @@ def test_what_all_ranks_know_the_first_one_tells(
         def fail(*_: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "_verify", fail)
+        monkeypatch.setattr("datamodules.verify.verify_command", fail)
         assert cli.main(["shards", "verify", "x"]) == code
         assert bool(capsys.readouterr().err) is told
