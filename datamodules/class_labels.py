@@ -67,7 +67,7 @@ def labels_of(index: ShardIndex) -> LabelKinds:
                 names.add(name)
                 continue
             number = number or content.decode(errors="replace").strip()
-            if not names:
+            if number and not names:
                 break
     finally:
         os.close(fd)
