@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from datamodules.console import table
+from evaluation.probe_lines import FLOORS
 from evaluation.ranks import one_decimal
-from evaluation.verdict import FLOORS, side_of
+from evaluation.verdict import side_of
 
 COLUMNS = ("untrained", "raw_pixels")
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from evaluation.ranks import one_decimal
-from evaluation.verdict import FLOORS
+
+FLOORS = {"raw_pixels": "raw pixels", "untrained": "the untrained encoder", "chance": "chance"}
 
 
 class ProbeRow(NamedTuple):

@@ -20,7 +20,16 @@ from evaluation.ranks import one_decimal
 from evaluation.report_compare import run_comparisons
 from evaluation.report_inside import inside_sections
 from evaluation.report_pictures import neighbour_section, reconstruction_section, retrieval_section
-from evaluation.report_tables import bad_counts, differences, facts, outdated, protocols, score_table, test_set
+from evaluation.report_tables import (
+    bad_counts,
+    data_words,
+    differences,
+    facts,
+    outdated,
+    protocols,
+    score_table,
+    test_set,
+)
 from evaluation.run_files import Run, read_run
 from evaluation.scoring_terms import unusual_terms
 from evaluation.text_lines import retrieval_words
@@ -45,7 +54,8 @@ def report(
     what is missing is left out, and the page says why.
 
     Args:
-        runs: folders of runs; several are compared side by side.
+        runs: folders of runs, or of scores that `evaluate` wrote to an `output`, of encoders that are no run (exports,
+            timm models, files of other authors); several are compared side by side.
         output: the file, or a folder; None: report.html in the run, of several runs `report_with_OTHERS.html` in the
             first one, whose own report stays.
         cache_dir: where evaluation keeps features; None: the user's cache.
@@ -104,7 +114,8 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         version=version("trivit"),
         made=datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         runs=runs,
-        verdicts=[(run, judge(run), outdated(run), facts(run)) for run in runs],
+        verdicts=[(run, judge(run), [*data_words(run), *outdated(run)], facts(run)) for run in runs],
+        trained=[run for run in runs if not run.scores_only],
         scores=score_table(runs),
         compared=run_comparisons(runs),
         further=[(run, rows, tables) for run, rows, tables in map(_further, runs) if rows or tables],

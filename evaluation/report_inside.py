@@ -51,7 +51,7 @@ def inside_sections(run: Run, count: int, test_data: str | None) -> Inside:
     from tasks.encoder_files import load_encoder
 
     try:
-        encoder = load_encoder(run.path)
+        encoder = load_encoder(run.source)
         images = sample_images(open_data(str(test_data or run.get("data.train"))).root, encoder.config, count)
     except (TaskError, DataError, EvaluationError) as error:
         return Inside(Section(run.name, f"No pictures of the inside of the encoder: {error}."))

@@ -69,7 +69,7 @@ def neighbour_section(run: Run, count: int, cache_dir: Path | None) -> Section |
     from tasks.errors import TaskError
 
     try:
-        encoder = load_encoder(run.path)
+        encoder = load_encoder(run.source)
         sets = [open_data(protocol[which]["path"]) for which in ("train", "test")]
         train, test = (cached_features(encoder, m, cache_dir / "features" if cache_dir else None) for m in sets)
         if train is None or test is None:
@@ -98,7 +98,7 @@ def own_neighbour_section(run: Run, count: int) -> Section | None:
     from tasks.errors import TaskError
 
     try:
-        encoder = load_encoder(run.path)
+        encoder = load_encoder(run.source)
         images = sample_images(open_data(path).root, encoder.config, OWN_IMAGES)
         queries = neighbours_among(encoder, images, spread(len(images), count))
     except (TaskError, DataError, EvaluationError) as error:
@@ -124,7 +124,7 @@ def retrieval_section(run: Run) -> Section:
         return Section(run.name, "No examples: an earlier version scored this run; evaluate it again.")
     try:
         keys = example_keys(examples)
-        images = load_pictures(open_data(found["protocol"]["test"]["path"]), keys, load_encoder(run.path).config)
+        images = load_pictures(open_data(found["protocol"]["test"]["path"]), keys, load_encoder(run.source).config)
     except (TaskError, DataError, EvaluationError) as error:
         return Section(run.name, f"No examples: {error}.")
     note = (

@@ -1,5 +1,6 @@
 """The tables of a report: facts, scores beside their floors, bad samples, differences between configs, protocols."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ FLOOR_ROWS = {"untrained": "Untrained encoder", "raw_pixels": "Raw pixels", "cha
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What happened, in a few numbers: (what, value)."""
-    metrics, found = run.metrics, []
+    metrics, found = run.metrics, list[tuple[str, str]]()
     batch = run.get("data.global_batch_size")
     for name, what in (("init_encoder", "encoder from"), ("init_checkpoint", "weights from")):
         if source := run.get(f"model.{name}"):
@@ -126,17 +127,43 @@ def test_set(run: Run) -> dict[str, Any] | None:
     )
 
 
-def outdated(run: Run) -> str | None:
-    """A warning when the run was trained further after its scores were taken."""
+def outdated(run: Run) -> list[str]:
+    """A warning when what was scored has another checkpoint now: when the run was trained further."""
     from tasks.encoder_files import checkpoint_hash
+    from tasks.errors import TaskError
 
     protocol = test_set(run)
-    if protocol is None or not run.checkpoint.exists() or "checkpoint" not in protocol:
-        return None
-    of_this_run = Path(protocol.get("source", "")).resolve() in (run.path.resolve(), run.checkpoint.resolve())
-    if not of_this_run or protocol["checkpoint"] == checkpoint_hash(run.path):
-        return None
-    return "The scores are of an earlier checkpoint of this run: evaluate it again."
+    if protocol is None or "checkpoint" not in protocol:
+        return []
+    source, here = Path(protocol.get("source", "")).resolve(), (run.path.resolve(), run.checkpoint.resolve())
+    if not source.exists() or not (run.scores_only or (source in here and run.checkpoint.exists())):
+        return []
+    with contextlib.suppress(TaskError):  # a folder that has no checkpoint any more
+        if protocol["checkpoint"] != checkpoint_hash(source):
+            which = "what was scored" if run.scores_only else "this run"
+            return [f"The scores are of an earlier checkpoint of {which}: evaluate it again."]
+    return []
+
+
+def data_words(run: Run) -> list[str]:
+    """On which images its scores were taken, a sentence for each pair of sets."""
+    probes: dict[str, list[str]] = {}
+    for name, result in run.results.items():
+        protocol = result.get("protocol", {}) if isinstance(result, dict) else {}
+        if name != "floors" and (test := protocol.get("test")):
+            classes = f" of {protocol['classes']} classes" if "classes" in protocol else ""
+            words = f"cored on {_set_words(test)}{classes}"
+            if train := protocol.get("train"):
+                words += f", after learning from {_set_words(train)}"
+            probes.setdefault(words, []).append(PROBE_NAMES.get(name, name))
+    if len(probes) == 1:
+        return [f"S{next(iter(probes))}."]
+    return [f"{', '.join(names)}: s{words}." for words, names in probes.items()]
+
+
+def _set_words(data: dict[str, Any]) -> str:
+    images = f"{data['images']:,} images" if "images" in data else "the images"
+    return f"{images} in {data['path']}" if "path" in data else images
 
 
 def bad_counts(run: Run) -> list[tuple[str, int]]:
@@ -170,8 +197,8 @@ def flat_config(run: Run) -> dict[str, str]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Config keys in which the runs differ, with the value of each run."""
-    flat = [flat_config(run) for run in runs]
+    """Config keys in which runs differ, with the value of each; of scores without a run there is no config."""
+    flat = [flat_config(run) for run in runs if not run.scores_only]
     keys = sorted({key for each in flat for key in each} - {"output"})
     rows = [(key, [each.get(key, "—") for each in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]

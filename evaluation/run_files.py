@@ -24,7 +24,8 @@ class Run:
 
     `metrics`: column -> values, one per row, NaN where a cell is empty; `bad`: those of skipped.tsv (images that
     could not be packed) and the lines of bad_samples.jsonl; `non_finite`: the step at which the run ended with a loss
-    or a gradient that was no number, if it has not come further since.
+    or a gradient that was no number, if it has not come further since; `scores_only`: this is no run, but a folder with
+    the results.json of another encoder (an export, `timm:NAME`, a file of other authors).
     """
 
     path: Path
@@ -35,6 +36,15 @@ class Run:
     results: dict[str, Any]
     bad: list[dict[str, Any]]
     non_finite: int | None = None
+    scores_only: bool = False
+
+    @property
+    def source(self) -> str:
+        """What its encoder is loaded from: the run, or what was scored where there is none."""
+        if not self.scores_only:
+            return str(self.path)
+        sources = (each.get("protocol", {}).get("source") for each in self.results.values() if isinstance(each, dict))
+        return next((str(source) for source in sources if source), str(self.path))
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the config by its dotted key; `init_args` does not show, as on the command line."""
@@ -68,12 +78,21 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run's folder; EvaluationError when there is none, or a file of it is damaged."""
+    """Read a run's folder, or one with a results.json alone.
+
+    Raises:
+        EvaluationError: there is neither, or a file is damaged.
+    """
     if not path.is_dir():
         raise EvaluationError(f"no such run: {path}")
     config = path / "config.yaml"
+    if not config.is_file() and (path / "results.json").is_file():
+        results = _read_results(path / "results.json")
+        return Run(path, path.resolve().name, "", {}, {}, results, [], scores_only=True)
     if not config.is_file():
-        raise EvaluationError(f"{path} is no trivit run: it has no config.yaml")
+        raise EvaluationError(
+            f"{path} is no trivit run: it has no config.yaml (nor a results.json of `trivit evaluate ... --output DIR`)"
+        )
     try:
         text = config.read_text()
         values = yaml.safe_load(text)

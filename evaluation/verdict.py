@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from evaluation.health import State, judge_health
+from evaluation.probe_lines import FLOORS, probe_rows
 from evaluation.ranks import one_decimal
 from evaluation.run_files import Run
 
-FLOORS = {"raw_pixels": "raw pixels", "untrained": "the untrained encoder", "chance": "chance"}
 LARGEST = "always naming the largest class"
 PROBE_NAMES = {"knn": "kNN", "linear": "Linear probe", "zeroshot": "Zero-shot"}
 HEADLINES: dict[State, str] = {
@@ -45,18 +45,27 @@ class Comparison(NamedTuple):
 
 
 def judge(run: Run) -> Verdict:
-    """Progress, health and scores of a run in a headline and a few sentences."""
-    health = judge_health(run)
-    details = [_progress(run), health.reason, *([f"Usual remedy: {health.remedy}."] if health.remedy else [])]
+    """Progress, health and scores of a run in a headline and a few sentences; of scores without a run the last."""
+    health = None if run.scores_only else judge_health(run)
+    if health is None:
+        details = [f"Scores of {run.source}: there is no run of it here, so nothing is said of its training."]
+    else:
+        details = [_progress(run), health.reason, *([f"Usual remedy: {health.remedy}."] if health.remedy else [])]
     above = [compare(run.results, probe) for probe in PROBE_NAMES if probe in run.results]
     details += [comparison.text for comparison in above]
     levels = {comparison.level for comparison in above}
-    learns = _learns(run) if health.state == "learning" else ""
-    if health.ill:
-        return Verdict("bad", HEADLINES[health.state], tuple(details))
+    learns = _learns(run) if health is not None and health.state == "learning" else ""
+    others = [] if above else _of_others(run.results)
+    if health is not None and health.ill:
+        return Verdict("bad", HEADLINES[health.state], (*details, *others))
     if not above:
-        headline = f"{learns}; nothing has been scored yet." if learns else HEADLINES[health.state]
-        return Verdict("fair", headline, (*details, "trivit evaluate tells what the features are worth."))
+        missing = "neither kNN nor a linear probe has been run" if others else "nothing has been scored yet"
+        if health is None:
+            headline = f"{missing[0].upper()}{missing[1:]}."
+        else:
+            headline = f"{learns}; {missing}." if learns else HEADLINES[health.state]
+        details += others or ["trivit evaluate tells what the features are worth."]
+        return Verdict("fair", headline, tuple(details))
     if levels == {"above"}:
         floors = run.results["floors"]
         scored = [label for floor, label in FLOORS.items() if not PROBE_NAMES.keys().isdisjoint(floors.get(floor, {}))]
@@ -67,10 +76,22 @@ def judge(run: Run) -> Verdict:
         return Verdict("fair", f"{f'{learns}; the' if learns else 'The'} probes disagree: {told}.", tuple(details))
     if levels == {"unknown"}:
         return Verdict("fair", "There are scores, but no floors to compare them with.", tuple(details))
-    if health.state == "early":  # no better is to be expected of them yet
+    if health is not None and health.state == "early":  # no better is to be expected of them yet
         return Verdict("fair", HEADLINES["early"], tuple(details))
     unpassed = list(dict.fromkeys(label for comparison in above for label in comparison.not_above))
     return Verdict("bad", f"The features are not clearly better than {_listed(unpassed, 'or')}.", tuple(details))
+
+
+def _of_others(results: dict[str, Any]) -> list[str]:
+    """What those probes found on which the verdict does not rest, a sentence each, behind one that says so."""
+    told = [f"{'; '.join((f'{row.name}: {row.found}', *row.floors))}." for row in probe_rows(results)]
+    if "attributes" in results:
+        told.append(f"attributes: {one_decimal(results['attributes']['top1'])}% on average, see the table below.")
+    if "retrieval" in results:
+        ways = {way: results["retrieval"][way]["recall@1"] for way in ("image_to_text", "text_to_image")}
+        words = ", ".join(f"{way.replace('_', ' ')} {one_decimal(value)}%" for way, value in ways.items())
+        told.append(f"retrieval: recall@1 {words}.")
+    return ["A verdict on features rests on kNN, linear probe or zero-shot. Others found:", *told] if told else []
 
 
 def compare(results: dict[str, Any], probe: str) -> Comparison:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation import evaluate
 from evaluation.errors import EvaluationError
 from evaluation.neighbours import neighbours_among
 from evaluation.report import file_name, report, unique_names
-from evaluation.run_files import read_run
+from evaluation.report_tables import data_words, outdated
+from evaluation.run_files import Run, read_run
 from tasks.encoder_config import EncoderConfig
+from tasks.encoder_files import save_encoder
 from tasks.encoders import Encoder
 from tests.evaluation.conftest import CONFIG, make_run, write_images
 
@@ -102,6 +105,54 @@ def test_several_runs_side_by_side(
         assert words in page.words, words
     assert page.tags["img"] == 2 * 3 * 3 + 2 * 4 * 6 + 2 * (3 * (1 + 2) + 2 + 2 + 3 * 5)
     assert [run.name for run in unique_names([read_run(scored_run), read_run(other)])] == ["runs/mae", "other/mae"]
+
+
+def test_scores_of_another_encoder_stand_beside_a_run(
+    scored_run: Path, world: Path, encoder_file: Path, tmp_path: Path
+) -> None:
+    """What `evaluate --output` wrote of an export: in the tables, with pictures of its inside, without a training."""
+    results = evaluate(
+        encoder_file, train=world / "train", test=world / "test", output=tmp_path / "theirs", device="cpu", workers=0,
+        progress=False, probes=("knn",), floors=False,
+    )  # fmt: skip
+    path = report([scored_run, tmp_path / "theirs"])
+    assert path == scored_run / "report_with_theirs.html"
+    page = Page(path.read_text())
+    for words in (
+        f"Scores of {encoder_file}: there is no run", "kNN: ", "about the same as", "Where the class token looks",
+        f"Scored on 60 images in {world / 'test'} of 6 classes, after learning from 240 images in {world / 'train'}.",
+    ):  # fmt: skip
+        assert words in page.words, words
+    assert f"{results['knn']['top1']:.1f}" in page.words
+    assert page.words.count("Scored on 60 images") == 2
+    assert "No pictures of the inside" not in page.words and "too few rows" not in page.words
+    assert "theirs: config.yaml" not in page.words and "0 steps so far" not in page.words
+    alone = Page(report([tmp_path / "theirs"]).read_text())
+    assert "There are scores, but no floors" in alone.words and " Training " not in alone.words
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(encoder_file.read_bytes())
+    written = tmp_path / "theirs" / "results.json"
+    written.write_text(written.read_text().replace(str(encoder_file), str(own)))
+    assert outdated(read_run(tmp_path / "theirs")) == []
+    save_encoder(Encoder(CONFIG), own)
+    assert "earlier checkpoint of what was scored" in outdated(read_run(tmp_path / "theirs"))[0]
+    written.unlink()
+    with pytest.raises(EvaluationError, match=r"is no trivit run: .* \(nor a results\.json of `trivit evaluate"):
+        report([scored_run, tmp_path / "theirs"])
+
+
+def test_data_of_each_probe_is_named_where_probes_have_others(tmp_path: Path) -> None:
+    test = {"path": "/val", "images": 1000}
+    run = Run(tmp_path, "a", "", {}, {}, {
+        "knn": {"protocol": {"classes": 7, "train": {"path": "/train", "images": 50}, "test": test}},
+        "zeroshot": {"protocol": {"classes": 9, "test": test}},
+        "segmentation": {"protocol": {"test": {"path": "/masks", "hash": "x"}}},
+        "floors": {}, "suite:mine": {"protocol": {"suite": "mine"}},
+    }, [])  # fmt: skip
+    assert data_words(run) == [
+        "kNN: scored on 1,000 images in /val of 7 classes, after learning from 50 images in /train.",
+        "Zero-shot: scored on 1,000 images in /val of 9 classes.", "segmentation: scored on the images in /masks.",
+    ]  # fmt: skip
 
 
 def test_a_run_that_has_only_begun_has_a_page(cache: Path, tmp_path: Path) -> None:

@@ -17,6 +17,37 @@ def results(top1: float, raw: float, untrained: float) -> dict[str, Any]:
     }
 
 
+OTHERS: dict[str, Any] = {
+    "finetune": {"top1": 47.9, "interval": [34.5, 61.7], "protocol": {}},
+    "attributes": {"top1": 45.0, "of": {}},
+    "retrieval": {"image_to_text": {"recall@1": 12.0}, "text_to_image": {"recall@1": 9.0}},
+    "floors": {"untrained": {"finetune": {"top1": 20.0, "interval": [15.0, 25.0], "protocol": {}}}},
+}
+
+
+def test_what_other_probes_found_is_told_where_the_verdict_has_nothing_to_rest_on(run: Run) -> None:
+    verdict = judge(replace(run, results=OTHERS))
+    assert verdict.tone == "fair" and verdict.headline == "It learns; neither kNN nor a linear probe has been run."
+    assert verdict.details[-4:] == (
+        "A verdict on features rests on kNN, linear probe or zero-shot. Others found:",
+        "finetune: top-1 47.9% (34.5 to 61.7); the untrained encoder top-1 20.0% (15.0 to 25.0).",
+        "attributes: 45.0% on average, see the table below.",
+        "retrieval: recall@1 image to text 12.0%, text to image 9.0%.",
+    )
+    assert not any("finetune" in detail for detail in judge(replace(run, results=OTHERS | results(30, 15, 12))).details)
+
+
+def test_scores_without_a_run_are_judged_by_themselves(tmp_path: Path) -> None:
+    found = results(30.0, 15.1, 12.2)
+    found["knn"]["protocol"] = {"source": "timm:some_vit"}
+    alone = Run(tmp_path, "out", "", {}, {}, found, [], scores_only=True)
+    verdict = judge(alone)
+    assert verdict.headline == "The features are clearly better than raw pixels and the untrained encoder."
+    assert verdict.details[0].startswith("Scores of timm:some_vit: there is no run of it here")
+    assert not any("step" in detail for detail in verdict.details)
+    assert judge(replace(alone, results=OTHERS)).headline == "Neither kNN nor a linear probe has been run."
+
+
 @pytest.mark.parametrize(
     ("top1", "level", "words"),
     [
