@@ -34,8 +34,9 @@ def looked_at(page: Path) -> Visit:
         assert seen.wide == seen.broken == seen.faint == seen.small == [], size
         assert seen.images > 0 and seen.headings == found.pages[DESK].headings
     assert found.pages[PAPER].scrolling == []  # paper does not scroll
-    for words in ("temperature", "max_steps: 600"):  # protocol and config, which are folded on a screen
-        assert words in found.pages[PAPER].text
+    assert "max_steps: 600" not in found.pages[PAPER].text, "what is folded is not printed"
+    assert "that were folded on the screen are not printed" in found.pages[PAPER].text
+    assert "are not printed" not in found.pages[DESK].text
     return found
 
 
@@ -55,6 +56,12 @@ def test_one_run(scored_run: Path) -> None:
         "Nearest neighbours", "Bad samples", "How the numbers were made",
     ]  # fmt: skip
     assert in_order(seen.text, "Raw pixels", "Training loss", "Computing takes", "head 2", "✗", "cut off", "seed:")
+    opened = path.with_name("opened.html")
+    opened.write_text(path.read_text().replace("<details>", "<details open>"))
+    printed = visit(opened, [PAPER]).pages[PAPER]
+    assert printed.scrolling == printed.wide == []
+    for words in ("temperature", "max_steps: 600"):  # protocol and config
+        assert words in printed.text, "what was opened is printed"
 
 
 def test_two_runs_of_different_kinds_by_the_command(
@@ -67,6 +74,7 @@ def test_two_runs_of_different_kinds_by_the_command(
     clip.rename(long)
     assert main(["report", str(scored_run), str(long), "--output", str(tmp_path / "both.html")]) == 0
     found = looked_at(tmp_path / "both.html")
+    assert found.pdf.count(b"/Type /Page\n") <= 12
     headings = found.pages[PHONE].headings
     for heading in (
         "Scores", "Further probes", "What the features know of the images", "Zero-shot: what is taken for what",
