@@ -1,6 +1,7 @@
 """What a command line of `trivit pretrain` asks for, as far as plain words and YAML tell: torch is not there to ask."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ class Asked:
 
     def word(self, name: str, advice: str = "") -> str:
         """The last one given on the command line; without `advice` it need not be given and is then empty."""
-        if name in self.words[:-1]:
-            return self.words[len(self.words) - self.words[::-1].index(name)]
-        if advice:
+        given = [value for word, value in pairwise(self.words) if word == name]
+        if advice and not given:
             raise SlurmError(f"{name} is missing: {advice}")
-        return ""
+        return given[-1] if given else ""
 
     def tells(self, key: str) -> bool:
         """Whether what is asked for `key`, dotted, can be seen here.
@@ -52,6 +52,10 @@ class Asked:
         for part in key.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         return found
+
+    def text(self, key: str) -> str:
+        """Of `key`, as it was written; empty where there is none to be seen."""
+        return self.word(f"--{key}") or str(self.value(key) or "")
 
     def number(self, key: str) -> float | None:
         """`value`, if it is a positive number."""

@@ -13,7 +13,7 @@ def check_asked(asked: Asked, job: Job) -> None:
 
     What fits a device and what the objective needs is left to `trivit doctor`.
     """
-    if asked.tells("data.train") and not asked.value("data.train"):
+    if asked.tells("data.train") and not asked.text("data.train"):
         raise SlurmError("--data.train is missing: name a folder of shards or images, or its URL")
     if asked.number("epochs") and asked.number("trainer.max_steps"):
         raise SlurmError(
@@ -28,10 +28,10 @@ def check_asked(asked: Asked, job: Job) -> None:
         )
 
 
-def not_here(folders: Mapping[str, object]) -> list[str]:
+def not_here(folders: Mapping[str, str | None]) -> list[str]:
     """Which of these folders of data (option -> folder, URL or pattern of tars) only the nodes may see, in words."""
     return [
         f"{option} {place} is not here: the job ends if its nodes do not see it, either"
         for option, place in folders.items()
-        if place and not ("://" in str(place) or "{" in str(place) or Path(str(place)).expanduser().exists())
+        if place and not ("://" in place or "{" in place or Path(place).expanduser().exists())
     ]

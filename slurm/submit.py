@@ -107,7 +107,7 @@ def submit(arguments: argparse.Namespace, rest: Sequence[str], look: Look = lamb
     elif any(getattr(arguments, name) is not None for name in ("evaluate_train", "evaluate_time", "probes", "watch")):
         raise SlurmError("--evaluate-train, --evaluate-time, --probes and --watch need --evaluate-test DIR")
     check_asked(asked, job)
-    folders = {"--data.train": asked.value("data.train")}
+    folders = {"--data.train": asked.text("data.train")}
     folders |= {"--evaluate-train": arguments.evaluate_train, "--evaluate-test": arguments.evaluate_test}
     for told in (*not_here(folders), *look(output, asked.number("trainer.max_steps"), asked.number("epochs"))):
         print(told, file=sys.stderr)

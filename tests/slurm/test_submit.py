@@ -55,6 +55,7 @@ def test_strategy_and_accelerator_may_be_chosen(tmp_path, capsys):
     [
         (["--nodes", 2], "--output is missing"),
         (["--output"], "--output is missing"),
+        (["--output", "/dev/null/run", "--output"], "--output /dev/null/run: this folder cannot be made"),
         (["--output", "run", "--trainer.devices", 4], "--trainer.devices follows from --nodes"),
         (["--output", "run", "--trainer.num_nodes=2"], "--trainer.num_nodes follows from --nodes"),
         (["--output", "run", "--env", "HOME"], "write NAME=VALUE"),
