@@ -59,14 +59,15 @@ def what_stays(resolved: dict[str, Any], arguments: list[str]) -> list[str]:
     files = [yaml.safe_load(Path(value).read_text()) for path, value in settings if path in ("config", "c")]
     lines = []
     for path, value in settings:
-        if not isinstance(value, dict) or "class_path" in value:  # of another class nothing stays
+        if not isinstance(value, dict):
             continue
         stays = dict[str, Any]()
         for file in files:
             for leaf in _leaves("", _at(file, path)):
                 here = _at(resolved, f"{path}{leaf}")
                 named = any(f"{path}{leaf}.".startswith(f"{other}.") for other in given)
-                if not named and here == _at(file, f"{path}{leaf}"):
+                # Of another class those settings stay that it has, too.
+                if not named and leaf != ".class_path" and here == _at(file, f"{path}{leaf}"):
                     stays[leaf.removeprefix(".")] = here
         if stays:
             names = ", ".join(leaf.removeprefix(".") for leaf in _leaves("", value)) or "nothing"

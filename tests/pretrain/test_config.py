@@ -179,6 +179,15 @@ STAYS = "what else --config says of it stays: "
             ["--data.recipe.init_args.color", "{hue: 0.5}", "--data.recipe.local_views", "2"],
             None,  # dino_tin40 says nothing of colours
         ),
+        (
+            ["--data.recipe", "{class_path: datamodules.recipes.DINORecipe, init_args: {local_views: 2}}"],
+            "--data.recipe sets class_path, local_views; " + STAYS + "crop_size 64, scale [0.4, 1.0], local_size 32, "
+            "local_scale [0.05, 0.4], color_on workers",
+        ),
+        (
+            ["--data.recipe", "{class_path: datamodules.recipes.MAERecipe, init_args: {hflip: 0.0}}"],
+            "--data.recipe sets class_path, hflip; " + STAYS + "crop_size 64, scale [0.4, 1.0]",
+        ),
     ],
 )
 def test_what_stays_beside_a_mapping_is_told(
