@@ -16,8 +16,9 @@ from datamodules.tar_index import ShardIndex, open_tar
 CLASSES = "classes.txt"
 LABEL = "cls"
 MOST_BYTES = 200
-"""What is longer is no name of a class."""
-_NUMBER = re.compile(r"[-+.\d]*")
+"""What is longer is neither a number nor a name of a class."""
+_NO_NAME = re.compile(r"[-+.\d]*")
+_NUMBER = re.compile(rb"\s*\+?\d+\s*")
 log = logging.getLogger("trivit")
 
 
@@ -27,8 +28,13 @@ def label_name(content: bytes) -> str | None:
         text = content.decode().strip()
     except UnicodeDecodeError:
         return None
-    fine = len(content) <= MOST_BYTES and text.isprintable() and not _NUMBER.fullmatch(text)
+    fine = len(content) <= MOST_BYTES and text.isprintable() and not _NO_NAME.fullmatch(text)
     return text if fine else None
+
+
+def _number(content: bytes) -> int | None:
+    """The number from 0 on that a `.cls` holds. Digits only: `int` also takes 1_0, which is a name."""
+    return int(content) if len(content) <= MOST_BYTES and _NUMBER.fullmatch(content) else None
 
 
 def class_number(content: bytes, names: Mapping[str, int]) -> int | None:
@@ -38,12 +44,9 @@ def class_number(content: bytes, names: Mapping[str, int]) -> int | None:
         content: a number, or one of the names.
         names: number of each class that has a name; empty where classes only have numbers.
     """
-    try:
-        number = int(content)
-    except ValueError:
-        name = label_name(content)
-        return None if name is None else names.get(name)
-    return number if number >= 0 and (not names or number < len(names)) else None
+    name = label_name(content)
+    number = _number(content) if name is None else names.get(name)
+    return number if number is not None and (not names or number < len(names)) else None
 
 
 class LabelKinds(NamedTuple):
@@ -54,7 +57,12 @@ class LabelKinds(NamedTuple):
 
 
 def labels_of(index: ShardIndex) -> LabelKinds:
-    """The labels of a shard; only the first one is looked at where that is a number. OSError if it cannot be read."""
+    """The labels of a shard; only the first one is looked at where that is a number. OSError if it cannot be read.
+
+    What is neither a number nor a name is a bad sample, and says nothing about the others.
+    """
+    if LABEL not in index.extensions:
+        return LabelKinds("", frozenset())
     fd = open_tar(index.path)
     number, names = "", set[str]()
     try:
@@ -65,8 +73,8 @@ def labels_of(index: ShardIndex) -> LabelKinds:
             content = os.pread(fd, member.size, member.offset)
             if (name := label_name(content)) is not None:
                 names.add(name)
-                continue
-            number = number or content.decode(errors="replace").strip()
+            elif not number and _number(content) is not None:
+                number = content.decode().strip()
             if number and not names:
                 break
     finally:
@@ -74,8 +82,11 @@ def labels_of(index: ShardIndex) -> LabelKinds:
     return LabelKinds(number, frozenset(names))
 
 
-def named_by_labels(root: Path, shards: Iterable[LabelKinds], former: tuple[str, ...]) -> tuple[str, ...]:
-    """The classes of a set in alphabetical order where labels are names; `former` where they are numbers."""
+def named_by_labels(root: Path | str, shards: Iterable[LabelKinds], former: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of a set in alphabetical order where labels are names; `former` where they are numbers.
+
+    `root`: folder or URL of the set, for the warning where both are in use.
+    """
     each = list(shards)
     number = next((kinds.number for kinds in each if kinds.number), "")
     names = frozenset[str]().union(*(kinds.names for kinds in each))

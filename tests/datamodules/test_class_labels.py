@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.class_labels import class_number, label_name
+from datamodules.class_labels import class_number, label_name, labels_of
 from datamodules.manifest import MANIFEST, load_manifest
 from datamodules.shard_reader import BadSampleError, ShardReader
 from datamodules.shard_writer import ShardWriter
+from datamodules.tar_index import ShardIndex, scan_tar
 from tests.datamodules.tar_builders import picture, write_tar
 
 
@@ -64,7 +65,8 @@ def test_numbers_stay_numbers_and_only_the_first_of_a_shard_is_read(
     folder = labelled(tmp_path / "set", "a", b"3", b"1")
     read: list[int] = []
     monkeypatch.setattr("datamodules.class_labels.label_name", lambda content: read.append(1))
-    assert (load_manifest(folder).classes, labels(folder), len(read)) == ((), [3, 1], 1)
+    assert (load_manifest(folder).classes, len(read)) == ((), 1)
+    assert labels(folder) == [3, 1]
 
 
 def test_our_writer_collects_names_too(tmp_path: Path) -> None:
@@ -72,6 +74,35 @@ def test_our_writer_collects_names_too(tmp_path: Path) -> None:
         for name in ("owl", "cat"):
             writer.write(name, {"jpg": picture(), "cls": name.encode()})
     assert (tmp_path / "set" / MANIFEST).is_file() and labels(tmp_path / "set") == [1, 0]
+
+
+def test_digits_with_an_underscore_are_a_name_in_both_directions(tmp_path: Path) -> None:
+    """Python's int reads 1_0 as ten and 2019_01 as 201901."""
+    folder = labelled(tmp_path / "set", "a", b"2019_01", b"1_0", b"cat")
+    assert (load_manifest(folder).classes, labels(folder)) == (("1_0", "2019_01", "cat"), [1, 0, 2])
+    assert class_number(b"1_0", {}) is None
+
+
+@pytest.mark.parametrize("odd", ["größe".encode("latin-1"), b"a\nb", b"3.5", b"-1"])
+@pytest.mark.parametrize("first", [True, False])
+def test_one_odd_label_is_one_bad_sample(
+    odd: bytes, first: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = labelled(tmp_path / "set", "a", *((odd, b"owl", b"cat") if first else (b"owl", b"cat", odd)))
+    with caplog.at_level(logging.WARNING, "trivit"):
+        reader = ShardReader(load_manifest(folder))
+    assert reader.manifest.classes == ("cat", "owl") and not caplog.text
+    assert [reader.label(0, i + first) for i in range(2)] == [1, 0]
+    with pytest.raises(BadSampleError, match="is no index of a class"):
+        reader.label(0, 0 if first else 2)
+
+
+def test_a_tar_without_labels_is_not_opened_to_look_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", picture()), ("0.txt", b"a cat"), ("1.txt", b"an owl")])
+    index = scan_tar(path)
+    path.unlink()
+    monkeypatch.setattr(ShardIndex, "members", None)
+    assert labels_of(index) == ("", frozenset())
 
 
 def test_what_is_a_name() -> None:
