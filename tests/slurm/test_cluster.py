@@ -116,7 +116,7 @@ def test_preempted_requeued_resumed_evaluated(slurm: dict[str, str], images: Pat
 def test_term_while_starting_begins_anew_and_cancelled_saves(
     slurm: dict[str, str], images: Path, tmp_path: Path
 ) -> None:  # fmt: skip
-    """Only a job that was cancelled is not queued again."""
+    """Only a job that was cancelled is not queued again; nor one whose run another one trains, which it names."""
     run = tmp_path / "run"
     (job,) = submit(slurm, images, run, "--trainer.max_steps", 100_000)
     log = run / "slurm" / f"{job}.out"
@@ -128,6 +128,12 @@ def test_term_while_starting_begins_anew_and_cancelled_saves(
     wait(slurm, job, "PENDING")
     assert "interrupted before training began: queued again" in log.read_text() and not samples(run)
     reach(slurm, job, run, 3)
+    second = call(slurm, "sbatch", "--parsable", "--nodes=1", run / "slurm/pretrain.sbatch").strip()  # beside it
+    wait(slurm, second, "FAILED")
+    last = (run / "slurm" / f"{second}.out").read_text().splitlines()[-1]
+    assert re.search(
+        rf"another process trains in {run}: process \d+ on n1 \(job {job}\), since .*not queued again$", last
+    )
     call(slurm, "scancel", job)
     assert wait(slurm, job, "CANCELLED", "PENDING") == "CANCELLED"
     assert "SIGTERM received: saved" in log.read_text()
@@ -135,18 +141,21 @@ def test_term_while_starting_begins_anew_and_cancelled_saves(
 
 
 def test_a_lost_node_and_a_killed_rank(slurm: dict[str, str], images: Path, tmp_path: Path) -> None:
-    """Both go on from the last checkpoint."""
-    run = tmp_path / "run"
+    """Both go on from the last checkpoint. The first rank waits for the lost one, until SLURM misses the node."""
+    run, folder = tmp_path / "run", Path(slurm["SLURM_CONF"]).parent
     (job,) = submit(slurm, images, run, "--trainer.max_steps", 100_000, "--checkpoint_every", 50)
     reach(slurm, job, run, 60)
-    call(slurm, "scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    lost = cluster.lose(folder, 2)
+    assert {"slurmd", "slurmstepd"} <= set(lost) and any("python" in name for name in lost), lost
     wait(slurm, job, "PENDING")
-    call(slurm, "scontrol", "update", "nodename=n2", "state=idle")
-    wait(slurm, job, "RUNNING")
     log = run / "slurm" / f"{job}.out"
-    reach(slurm, job, run, max(samples(run)) + 60)
-    resumed = re.findall(rf"resuming {run} at step (\d+) of 100000", log.read_text())
-    assert resumed and int(resumed[-1]) >= 50, log.read_text()  # its ranks live on and may have saved when they left
+    assert "Node failure on n2" in log.read_text() and "DUE TO NODE FAILURE" in log.read_text()
+    made = max(samples(run))
+    cluster.bring_back(folder, 2)
+    wait(slurm, job, "RUNNING")
+    reach(slurm, job, run, made + 60)
+    resumed = set(map(int, re.findall(rf"resuming {run} at step (\d+) of 100000", log.read_text())))
+    assert resumed == {made // 50 * 50} and made >= 50, "no rank could save when the node was lost"
     os.kill(ranks(run)[0], signal.SIGKILL)
     wait(slurm, job, "PENDING")
     assert "after a new checkpoint: queued again" in log.read_text()
