@@ -35,8 +35,8 @@ Ints = NDArray[np.int64]
 class MaskBatches(Dataset[dict[str, Any]]):
     """Batches {"image": [b c s s], "mask": int64 [b s s], "key"} by number; what has no mask of its size is left out.
 
-    `lost` names the samples that `batches` has left out so far and that may be readable another time
-    (`BadSampleError.passing`), each once.
+    `lost` names the samples that `batches` left out when they last came, and that may be readable another time
+    (`BadSampleError.passing`).
 
     Args:
         root: a folder of shards.
@@ -61,11 +61,11 @@ class MaskBatches(Dataset[dict[str, Any]]):
         self.rows = np.arange(manifest.num_samples, dtype=np.int64)
         self.starts = np.cumsum(manifest.counts) - manifest.counts
         self._epoch, self._order = -1, self.rows
-        self._lost: dict[tuple[str, str], BadSample] = {}
+        self._lost: dict[int, BadSample] = {}
 
     @property
     def lost(self) -> list[BadSample]:
-        """Samples that could not be read."""
+        """Samples that could not be read when they last came: over many epochs each fails once on some server."""
         return list(self._lost.values())
 
     def __len__(self) -> int:
@@ -78,7 +78,9 @@ class MaskBatches(Dataset[dict[str, Any]]):
         workers = default_workers(on_accelerator=on_accelerator) if workers is None else workers
         numbers = range(len(self) if steps is None else steps)
         for batch in iterate(self, numbers, workers=workers, pin_memory=on_accelerator):
-            self._lost |= {(bad.shard, bad.key): bad for bad in batch.pop("lost")}
+            for row in batch.pop("read"):
+                self._lost.pop(row, None)
+            self._lost |= batch.pop("lost")
             if batch["key"]:
                 yield batch
 
@@ -87,13 +89,15 @@ class MaskBatches(Dataset[dict[str, Any]]):
         if self.seed is not None and epoch != self._epoch:
             counts = self.reader.manifest.counts
             self._epoch, self._order = epoch, shuffled(self.rows, counts, self.seed, epoch)
-        images, masks, keys, lost = [], [], [], list[BadSample]()
+        images, masks, keys, read, lost = [], [], [], list[int](), dict[int, BadSample]()
         for position in range(place * self.batch_size, min((place + 1) * self.batch_size, len(self.rows))):
+            row = int(self._order[position])
             try:
-                found = self.pair(int(self._order[position]))
+                found = self.pair(row)
             except BadSampleError as error:
-                lost += _passing(error)
+                lost.update((row, bad) for bad in _passing(error))
                 continue
+            read.append(row)
             if found is None:
                 continue
             key, image, mask = found
@@ -105,8 +109,9 @@ class MaskBatches(Dataset[dict[str, Any]]):
             masks.append(mask[0])
             keys.append(key)
         if not keys:
-            return {"key": [], "lost": lost}
-        return {"image": torch.stack(images), "mask": torch.stack(masks).long(), "key": keys, "lost": lost}
+            return {"key": [], "read": read, "lost": lost}
+        both = {"image": torch.stack(images), "mask": torch.stack(masks).long()}
+        return {**both, "key": keys, "read": read, "lost": lost}
 
     def pair(self, row: int) -> tuple[str, Tensor, Tensor] | None:
         """Key "SHARD/KEY", image [c h w] and mask [1 h w] of a sample by its number in the set; None without a mask.
