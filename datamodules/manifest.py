@@ -74,6 +74,11 @@ class Manifest:
         rows = [(shard.name, shard.samples, shard.bytes, shard.digest) for shard in self.shards]
         return hashlib.sha256(json.dumps([rows, self.classes]).encode()).hexdigest()[:32]
 
+    @property
+    def unnamed_hash(self) -> str:
+        """`hash` of the same samples where no class has a name: what is trained on where nothing is said of classes."""
+        return replace(self, classes=()).hash
+
     @cached_property
     def fingerprint(self) -> str:
         """`hash`, and another one whenever a tar here was written anew: for what is kept of the bytes themselves.

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 from tqdm import tqdm
 
 from datamodules import remote, shard_cache
-from datamodules.class_labels import CLASSES
+from datamodules.class_labels import CLASSES, LABEL, LabelKinds, labels_of, named_by_labels
 from datamodules.console import tell
 from datamodules.errors import DataError, DataFailure
 from datamodules.manifest import MANIFEST, REMOTE, Manifest
@@ -156,35 +156,44 @@ def _open_without_manifest(url: str, folder: str, origins: dict[str, Origin]) ->
         if not (root / MANIFEST).is_file():
             tell(f"{url}: no {MANIFEST}; indexing {len(origins)} tars, once")
             indexed = _in_parallel(lambda item: _indexed(root / item[0], item[1]), origins.items(), "indexing")
-            members = sum((counts for _, counts in indexed), Counter[str]())
-            shards = tuple(shard for shard, _ in indexed)
+            members = sum((counts for _, counts, _ in indexed), Counter[str]())
+            shards = tuple(shard for shard, _, _ in indexed)
             if not sum(shard.samples for shard in shards):
                 raise DataError(f"{url}: its {len(origins)} tars hold no samples (files called KEY.EXTENSION)")
-            manifest = Manifest(root, shards, _classes(folder), dict(sorted(members.items())))
+            classes = _classes(folder)
+            labels = [kinds for _, _, kinds in indexed if kinds is not None]
+            if not classes and len(labels) == len(indexed):
+                classes = named_by_labels(url, labels, ())
+            manifest = Manifest(root, shards, classes, dict(sorted(members.items())))
             write_aside(root / MANIFEST, manifest.to_bytes())
     return root
 
 
-def _indexed(path: Path, origin: Origin) -> tuple[Shard, Counter[str]]:
+def _indexed(path: Path, origin: Origin) -> tuple[Shard, Counter[str], LabelKinds | None]:
+    """The entry of a tar, members of each extension, and its labels; None where that would need a fetch of the tar."""
     index = _index_beside(origin, path)
+    labels = None if index is not None and LABEL in index.extensions else LabelKinds("", frozenset())
     if index is None:
-        index = _fetched_index(path, origin)
-    return describe_shard(index), index.extension_counts()
+        index, labels = _fetched_index(path, origin)
+    return describe_shard(index), index.extension_counts(), labels
 
 
-def _fetched_index(path: Path, origin: Origin) -> ShardIndex:
-    """The index of a tar that is fetched if need be; other threads may evict both at any time."""
+def _fetched_index(path: Path, origin: Origin) -> tuple[ShardIndex, LabelKinds]:
+    """Index and labels of a tar that is fetched if need be; other threads may evict both at any time."""
     while True:
-        filled: list[bytes] = []
+        filled: list[tuple[ShardIndex, LabelKinds]] = []
 
-        def fill(aside: Path, filled: list[bytes] = filled) -> None:
-            filled.append(_fill(path, origin, aside))
+        def fill(aside: Path, filled: list[tuple[ShardIndex, LabelKinds]] = filled) -> None:
+            data = _fill(path, origin, aside)
+            labels = labels_of(ShardIndex.from_bytes(str(aside), data))
+            filled.append((ShardIndex.from_bytes(str(path), data), labels))
 
         shard_cache.cached(path, origin.bytes or 0, fill)
         if filled:
-            return ShardIndex.from_bytes(str(path), filled[0])
+            return filled[-1]
         try:
-            return read_index(path)
+            index = read_index(path)
+            return index, labels_of(index)
         except DataError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise

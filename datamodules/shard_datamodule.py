@@ -239,12 +239,15 @@ class ShardDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What the order depends on, and how far it was trained on."""
         step = self.trainer.global_step if self.trainer else 0
-        return {"step": step, "train": self.train, "samples": self.manifest.num_samples, **self._settings()}
+        about = {"train": self.train, "samples": self.manifest.num_samples, "unnamed": self.manifest.unnamed_hash}
+        return {"step": step, **about, **self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with another order than the checkpoint's. DataError names what differs."""
         now = self._settings()
         differ = [name for name in now if state_dict.get(name) != now[name] and not self._may_change(name)]
+        if "manifest" in differ and self._same_images(state_dict):
+            differ.remove("manifest")
         if differ:
             changes = [f"data.{n} was {state_dict.get(n)}, now it is {now[n]}" for n in differ if n != "manifest"]
             if "manifest" in differ:
@@ -258,6 +261,16 @@ class ShardDataModule(LightningDataModule):
     def _may_change(self, name: str) -> bool:
         follows = name == "lanes" and self.lanes is None and "data.global_batch_size" in self.allow_changes
         return follows or "data" in self.allow_changes or _option(name) in self.allow_changes
+
+    def _same_images(self, state_dict: dict[str, Any]) -> bool:
+        """Whether at most names of classes are others, and no caption is made of them.
+
+        A set may have got its names later, and one behind a URL may have none.
+        """
+        captions = self.recipe.captions
+        named = captions is not None and bool(captions.templates)
+        then = (state_dict.get("manifest"), state_dict.get("unnamed"))  # the latter is newer than some checkpoints
+        return not named and self.manifest.unnamed_hash in then
 
     def _other_data(self, train: str | None, samples: int | None) -> str:
         now = f"{self.manifest.num_samples:,} images"

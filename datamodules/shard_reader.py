@@ -29,7 +29,6 @@ _RETRY_AFTER = (0.1, 0.5, 2.0)
 _TRY_A_LOST_SHARD_AGAIN_AFTER = 10.0
 _SECONDS_BETWEEN_TOUCHES = 1.0
 _MOST_EVICTIONS_IN_A_ROW = 5
-_NAMES = "a .cls holds a number, or a name of which all are in classes.txt, one on each line, or in manifest.json"
 Value = TypeVar("Value")
 
 
@@ -91,7 +90,7 @@ class ShardReader:
         content = bytes(self._read(shard, key, members[LABEL]))
         number = class_number(content, self._class_numbers)
         if number is None:
-            raise self._bad(shard, key, f"cls: {content[:40]!r} is no index of a class ({_NAMES})")
+            raise self._bad(shard, key, f"cls: {content[:40]!r} is no index of a class ({self._remedy})")
         return number
 
     def member(self, shard: int, sample: int, extension: str) -> bytearray | None:
@@ -106,6 +105,14 @@ class ShardReader:
     def name(self, shard: int) -> str:
         """File name of a shard."""
         return self.manifest.shards[shard].name
+
+    @property
+    def _remedy(self) -> str:
+        """What to do about a name that the manifest does not know: one of before names were collected has none."""
+        lists = "a .cls holds a number, or a name that classes.txt, one on each line, or manifest.json lists"
+        anew = "an old manifest.json is made anew, with names, once it is deleted"
+        upload = f", by `trivit shards inspect DIR`; upload it, and delete {self.manifest.root}"
+        return f"{lists}; {anew}{upload if self.manifest.url else ''}"
 
     @cached_property
     def _class_numbers(self) -> dict[str, int]:

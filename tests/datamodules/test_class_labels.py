@@ -1,6 +1,7 @@
 """Labels that are names of classes instead of numbers."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_numbers_stay_numbers_and_only_the_first_of_a_shard_is_read(
     monkeypatch.setattr("datamodules.class_labels.label_name", lambda content: read.append(1))
     assert (load_manifest(folder).classes, len(read)) == ((), 1)
     assert labels(folder) == [3, 1]
+
+
+def test_a_manifest_from_before_names_is_made_anew_once_deleted(tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "set", "a", b"owl", b"cat")
+    old = replace(load_manifest(folder), classes=())
+    (folder / MANIFEST).write_bytes(old.to_bytes())
+    with pytest.raises(BadSampleError, match=r"b'owl' is no index of a class .*; an old manifest\.json .* is deleted"):
+        labels(folder)
+    (folder / MANIFEST).unlink()
+    assert labels(folder) == [1, 0] and load_manifest(folder).unnamed_hash == old.hash
 
 
 def test_our_writer_collects_names_too(tmp_path: Path) -> None:

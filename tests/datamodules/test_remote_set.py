@@ -19,6 +19,7 @@ from datamodules.shard_reader import BadSampleError, ShardReader
 from datamodules.verify import verify
 from tests.datamodules.pictures import write_pictures
 from tests.datamodules.servers import google_server, s3_server, web_server
+from tests.datamodules.tar_builders import picture, write_tar
 
 
 def read_all(root: Path) -> list[str]:
@@ -110,6 +111,48 @@ def test_tars_in_braces(own_web, own_pictures, indexed):
     assert read_all(open_shards(f"{own_web.url}/shard-000002.tar")) == KEYS[20:30]
     with pytest.raises(DataError, match=r"shard-000004.tar does not exist \(404\)"):
         open_shards(f"{own_web.url}/shard-{{000000..000004}}.tar")
+
+
+def named_set(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for tar, names in (("a", (b"owl", b"cat")), ("b", (b"owl", b"ant"))):
+        members = [(f"{tar}{i}.{end}", data) for i, name in enumerate(names)
+                   for end, data in (("jpg", picture(i)), ("cls", name))]  # fmt: skip
+        write_tar(folder / f"{tar}.tar", members)
+
+
+@pytest.mark.parametrize("there", ["fetched", "in the cache", "evicted"])
+def test_names_in_labels_are_collected_from_tars_that_are_fetched(own_web, own_pictures, there):
+    named_set(own_pictures)
+    pattern = f"{own_web.url}/{{a,b}}.tar"
+    root = open_shards(pattern)
+    if there != "fetched":
+        (root / "manifest.json").unlink()
+        if there == "evicted":
+            (root / "b.tar").unlink()
+        open_shards(pattern)
+    manifest, here = load_manifest(root), load_manifest(own_pictures)
+    assert (manifest.hash, manifest.classes) == (here.hash, ("ant", "cat", "owl"))
+    assert [ShardReader(manifest).label(shard, 1) for shard in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize("beside", [("a", "b"), ("b",)])
+def test_names_in_labels_of_tars_that_were_not_fetched_are_told(own_web, own_pictures, beside):
+    """Those of the others alone would be another numbering."""
+    named_set(own_pictures)
+    here = load_manifest(own_pictures)
+    about = (own_pictures / "manifest.json").read_bytes()
+    (own_pictures / "manifest.json").unlink()
+    for name in {"a", "b"} - set(beside):
+        (own_pictures / f"{name}.tar.idx").unlink()
+    root = open_shards(f"{own_web.url}/{{a,b}}.tar")
+    assert load_manifest(root).classes == () and load_manifest(root).hash == here.unnamed_hash
+    with pytest.raises(BadSampleError, match=rf"b'owl' is no index of a class .*; upload it, and delete {root}"):
+        ShardReader(load_manifest(root)).label(0, 0)
+    (own_pictures / "manifest.json").write_bytes(about)
+    shutil.rmtree(root)
+    assert load_manifest(open_shards(f"{own_web.url}/{{a,b}}.tar")).hash == here.hash
 
 
 def test_optional_files_that_are_forbidden_are_absent(own_web, own_pictures):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from datamodules.errors import DataError
-from datamodules.recipes import MAERecipe
+from datamodules.recipes import CLIPRecipe, MAERecipe
+from datamodules.sample_captions import CaptionConfig
 from datamodules.shard_datamodule import Layout, ShardDataModule
 from tests.datamodules.pictures import write_pictures
 
@@ -151,8 +153,30 @@ def test_the_state_is_small_and_plain(picture_set, tmp_path):
     data = data_of(picture_set)
     assert state == {
         "step": 2, "seed": 5, "manifest": data.manifest.hash, "global_batch_size": 24, "lanes": 24, "window": 4,
-        "train": str(picture_set), "samples": 100,
+        "train": str(picture_set), "samples": 100, "unnamed": data.manifest.unnamed_hash,
     }  # fmt: skip
+
+
+def test_a_set_that_got_names_is_the_same_unless_captions_say_them(own_pictures):
+    """A copy behind a URL may lack them, and sets that were indexed long ago do."""
+    (own_pictures / "manifest.json").unlink()  # made anew it has no names, since labels are numbers
+    bare = data_of(own_pictures)
+    before = bare.state_dict()
+    older = {name: value for name, value in before.items() if name != "unnamed"}
+    (own_pictures / "classes.txt").write_text("cat\ndog\nowl\n")
+    named = data_of(own_pictures)
+    assert named.manifest.hash != bare.manifest.hash == named.manifest.unnamed_hash
+    for state in (before, older):
+        named.load_state_dict(state)
+    bare.load_state_dict(named.state_dict())
+    with pytest.raises(DataError, match="other data"):
+        bare.load_state_dict({**older, "manifest": named.manifest.hash})
+    for captions in (CaptionConfig(templates=("a {}",)), CaptionConfig()):
+        data = ShardDataModule(
+            str(own_pictures), CLIPRecipe(8, captions=captions), global_batch_size=24, device_batch_size=12, seed=5
+        )
+        with pytest.raises(DataError, match="other data") if captions.templates else contextlib.nullcontext():
+            data.load_state_dict(before)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
