@@ -39,14 +39,17 @@ def check_before_queue(path: Path, steps: float | None, epochs: float | None) ->
         steps, epochs: length of the run, as far as it is known.
 
     Raises:
-        RunError: the job would end at its start, as the folder is now: another run trains in it, say.
+        RunError: the job would end at its start, as the folder is now.
     """
     check_ours(path)
     check_writable(path)
     above = next(place for place in (path, *path.parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         raise RunError(f"--output {path}: this folder cannot be made in {above}; name another one")
-    RunLock(path).look()
+    try:
+        RunLock(path).look()
+    except RunError as error:  # a job may be meant to begin when that one has ended (sbatch --dependency)
+        yield f"{error}; the job ends at its start if that is still so"
     done, epoch = _last_row(path / "metrics.csv")
     if not (done and epoch and (path / "checkpoints/last.ckpt").exists()):
         return

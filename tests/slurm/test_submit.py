@@ -138,7 +138,7 @@ HOLDS = "import sys, time; from pathlib import Path; from pretrain.run_lock impo
 HOLDS += "lock = RunLock(Path(sys.argv[1])); lock.take(); print(flush=True); time.sleep(100)"
 
 
-def test_a_run_that_trains_now_is_not_queued_a_second_time(tmp_path, capsys):
+def test_who_submits_for_a_run_that_trains_now_is_told(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     environment = os.environ | {"SLURM_JOB_ID": "31", "SLURM_RESTART_COUNT": "2"}
@@ -147,13 +147,14 @@ def test_a_run_that_trains_now_is_not_queued_a_second_time(tmp_path, capsys):
         try:
             assert other.stdout is not None
             other.stdout.readline()
-            assert submit(*TRAIN, "--output", run, "--dry-run") == 2
+            assert submit(*TRAIN, "--output", run, "--dry-run") == 0
             assert f"another process trains in {run}: process {other.pid} on " in (told := capsys.readouterr().err)
-            assert "(job 31), since" in told and (run / ".lock").exists()
+            assert "(job 31), since" in told and "the job ends at its start if that is still so" in told
+            assert (run / ".lock").exists()
         finally:
             other.kill()
-    assert submit(*TRAIN, "--output", run, "--dry-run") == 0  # the file alone holds nothing
-    capsys.readouterr()
+    assert submit(*TRAIN, "--output", run, "--dry-run") == 0
+    assert "another process" not in capsys.readouterr().err  # the file alone holds nothing
 
 
 @pytest.mark.parametrize(("asked", "told"), [(40, True), (41, False)])
