@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from datamodules.console import table
+from evaluation.overlap import no_verdict
 from evaluation.probe_lines import FLOORS
 from evaluation.ranks import one_decimal
 from evaluation.verdict import side_of
@@ -39,8 +40,13 @@ def _ahead(row: Row) -> float:
     return float(row.features["top1"] - max(row.features["chance"], *(f["top1"] for f in row.floors if f), 0.0))
 
 
-def attribute_sentences(rows: list[Row]) -> list[str]:
-    """What the features know and what not, and what training has lost, a sentence each; nothing twice."""
+def attribute_sentences(rows: list[Row], note: str = "") -> list[str]:
+    """What the features know and what not, and what training has lost, a sentence each; nothing twice.
+
+    `note`: why nothing can be said (see `no_verdict`), which is then all.
+    """
+    if note:
+        return [f"{note[0].upper()}{note[1:]}."]
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         groups.setdefault(row.not_above, []).append(row.name)
@@ -66,7 +72,7 @@ def attribute_summary(results: Mapping[str, Any]) -> str:
         for row in rows
     ]  # fmt: skip
     header = ["attribute, top-1 %", "this encoder", "untrained", "raw pixels", "most frequent"]
-    return "\n".join(["", table(header, cells), "", *attribute_sentences(rows)])
+    return "\n".join(["", table(header, cells), "", *attribute_sentences(rows, no_verdict(results["attributes"]))])
 
 
 def _listed(names: list[str]) -> str:

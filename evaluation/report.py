@@ -14,6 +14,7 @@ from evaluation.confusion import confusions
 from evaluation.curves import constant, constant_words, curves, draw_curves
 from evaluation.errors import EvaluationError
 from evaluation.health_words import NUMBERS, loss_words, meaning_for
+from evaluation.overlap import no_verdict
 from evaluation.probe_lines import ProbeRow, probe_rows
 from evaluation.probe_tables import ProbeTable, probe_tables
 from evaluation.ranks import one_decimal
@@ -119,7 +120,11 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
         scores=score_table(runs),
         compared=run_comparisons(runs),
         further=[(run, rows, tables) for run, rows, tables in map(_further, runs) if rows or tables],
-        attributes=[(run, rows, attribute_sentences(rows)) for run in runs if (rows := attribute_rows(run.results))],
+        attributes=[
+            (run, rows, attribute_sentences(rows, no_verdict(run.results["attributes"])))
+            for run in runs
+            if (rows := attribute_rows(run.results))
+        ],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
         health_constants=[f"{same[name]} ({meaning_for(name, runs)})." for name in NUMBERS if name in same],
         constants=[f"{words}." for name, words in same.items() if name not in NUMBERS],

@@ -20,11 +20,10 @@ from evaluation.floors import floors as compute_floors
 from evaluation.labels import check_labelled, match_labels
 from evaluation.long_probes import alone_words
 from evaluation.one_folder import with_only_folder
-from evaluation.overlap import shared_images
+from evaluation.overlap import overlap
 from evaluation.probe_lines import probe_lines
 from evaluation.probes import PROBES, ProbeData, ProbeSettings, check_probes
 from evaluation.protocol import floor_protocol, protocol_of, versions
-from evaluation.ranks import one_decimal
 from evaluation.results_file import merge, results_file, run_of
 from evaluation.score_summary import NAMES, summary
 from evaluation.team import Team
@@ -166,16 +165,10 @@ def evaluate(
     told: list[str] = []
     if learned and train is not None and train_root is not None:
         on_features, on_images = ([n for n in learned if (n in PROBES) == there] for there in (True, False))
-        if progress and train_root.resolve() == test_root.resolve() and not without_labels:
-            print("note: train and test are the same images, so the scores say little", file=sys.stderr)
         trained, tested = read(encoder, train_root), read(encoder, test_root)
-        apart = progress and not without_labels and train_root.resolve() != test_root.resolve()
-        if apart and (both := shared_images(train_root, test_root, cache_dir)):
-            share = one_decimal(100 * both / len(tested))
-            print(
-                f"note: {both:,} test images ({share}%) are in train, too; scores may be as much too good",
-                file=sys.stderr,
-            )
+        both = None if without_labels else overlap(train_root, test_root, len(tested), cache_dir)
+        if both and progress:
+            print(f"note: {both['note']}", file=sys.stderr)
         tested, left_out = comparable(trained, tested)
         if left_out and progress:
             print(f"note: {left_out_words(left_out)}", file=sys.stderr)
@@ -190,12 +183,15 @@ def evaluate(
         }
         if not train_given:
             about["looked_at"] = "the test images, since there was no --train"
+        if both:
+            about["shared_images"] = both
         if data.classes:
             largest = np.bincount(data.train_label).argmax()
             about["majority_class"] = 100 * float(np.mean(data.test_label == largest))
         for probe in on_features:
             results[probe] = PROBES[probe](data, settings)
-            results[probe]["protocol"] = protocol_of(about, results[probe]["protocol"])
+            apart = {"shared_images": None} if probe == "label_free" else {}  # it learns nothing from train
+            results[probe]["protocol"] = protocol_of(about | apart, results[probe]["protocol"])
 
         def measure(featurizer: Featurizer, aside: Path) -> ProbeData:
             seen = read(featurizer, train_root, aside)
@@ -236,6 +232,12 @@ def evaluate(
             for name, (path, root) in given.items()
             if path is not None and root is not None
         }
+        if train_root is not None and "segmentation" in dense:
+            both = overlap(train_root, test_root, load_manifest(test_root).num_samples, cache_dir)
+            if both:
+                about["shared_images"] = both
+                if progress and not learned:
+                    print(f"note: {both['note']}", file=sys.stderr)
         scoring = Scoring(encoder, settings, about, floors, floor_cache, place, after=paired)
         more = {"drop_unknown": drop_unknown_classes, "cache_dir": cache_dir}
         for found in score_dense(dense, scoring, train_root, test_root, **how, **more):

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from evaluation.health import State, judge_health
+from evaluation.overlap import no_verdict, overlap_note
 from evaluation.probe_lines import FLOORS, probe_rows
 from evaluation.ranks import one_decimal
 from evaluation.run_files import Run
@@ -51,25 +52,32 @@ def judge(run: Run) -> Verdict:
         details = [f"Scores of {run.source}: there is no run of it here, so nothing is said of its training."]
     else:
         details = [_progress(run), health.reason, *([f"Usual remedy: {health.remedy}."] if health.remedy else [])]
-    above = [compare(run.results, probe) for probe in PROBE_NAMES if probe in run.results]
-    details += [comparison.text for comparison in above]
+    scored = [probe for probe in PROBE_NAMES if probe in run.results]
+    above = [compare(run.results, probe) for probe in scored if not no_verdict(run.results[probe])]
+    details += [*_shared(run.results), *(comparison.text for comparison in above)]
     levels = {comparison.level for comparison in above}
     learns = _learns(run) if health is not None and health.state == "learning" else ""
-    others = [] if above else _of_others(run.results)
+    others = [] if scored else _of_others(run.results)
     if health is not None and health.ill:
         return Verdict("bad", HEADLINES[health.state], (*details, *others))
     if not above:
         missing = "neither kNN nor a linear probe has been run" if others else "nothing has been scored yet"
+        if scored:
+            missing = "nothing can be said of the features, since test images are in train"
         if health is None:
             headline = f"{missing[0].upper()}{missing[1:]}."
         else:
             headline = f"{learns}; {missing}." if learns else HEADLINES[health.state]
-        details += others or ["trivit evaluate tells what the features are worth."]
+        details += others or [
+            "trivit evaluate with other test images tells what the features are worth."
+            if scored
+            else "trivit evaluate tells what the features are worth."
+        ]
         return Verdict("fair", headline, tuple(details))
     if levels == {"above"}:
         floors = run.results["floors"]
-        scored = [label for floor, label in FLOORS.items() if not PROBE_NAMES.keys().isdisjoint(floors.get(floor, {}))]
-        headline = f"the features are clearly better than {_listed(scored, 'and')}."
+        under = [label for floor, label in FLOORS.items() if not PROBE_NAMES.keys().isdisjoint(floors.get(floor, {}))]
+        headline = f"the features are clearly better than {_listed(under, 'and')}."
         return Verdict("good", f"{learns}: {headline}" if learns else headline.capitalize(), tuple(details))
     if "above" in levels or (len(levels) > 1 and "unknown" in levels):
         told = ", ".join(comparison.short for comparison in sorted(above, key=lambda c: c.level != "above"))
@@ -80,6 +88,18 @@ def judge(run: Run) -> Verdict:
         return Verdict("fair", HEADLINES["early"], tuple(details))
     unpassed = list(dict.fromkeys(label for comparison in above for label in comparison.not_above))
     return Verdict("bad", f"The features are not clearly better than {_listed(unpassed, 'or')}.", tuple(details))
+
+
+def _shared(results: dict[str, Any]) -> list[str]:
+    """That test images of probes are in train, a sentence for each such pair of sets."""
+    probes, void = dict[str, list[str]](), set[str]()
+    for name, result in results.items():
+        if name != "floors" and isinstance(result, dict) and (note := overlap_note(result)):
+            probes.setdefault(note, []).append(PROBE_NAMES.get(name, name))
+            if no_verdict(result):
+                void.add(note)
+    end = "; no verdict rests on them"
+    return [f"{_listed(names, 'and')}: {note}{end if note in void else ''}." for note, names in probes.items()]
 
 
 def _of_others(results: dict[str, Any]) -> list[str]:

@@ -97,6 +97,8 @@ def test_one_class_folder_is_told_and_enough_for_test(
     told = capsys.readouterr().err
     assert "all images lie in one folder, ant, which is taken for no class" in told
     assert "note: 6 test images (100.0%) are in train, too" in told
+    kept = found["knn"]["protocol"]["shared_images"]
+    assert kept["images"] == 6 and "6 test images (100.0%) are in train, too" in kept["note"]
     for one, other, says in (
         (ant, train, "all train images lie in one folder, 'ant': .* at least two class folders"),
         (train, folders(tmp_path / "more", "cow"), "one folder, 'cow': .* train has no class of that name"),

@@ -22,7 +22,9 @@ from evaluation.image_probes import IMAGE_PROBES
 from evaluation.probe_options import with_options
 from evaluation.probes import ProbeSettings
 from evaluation.results_file import merge, results_file
+from evaluation.run_files import read_run
 from evaluation.score import evaluate
+from evaluation.verdict import judge
 from pretrain.cli import main
 from tasks.encoder_files import save_encoder
 from tasks.encoders import Encoder
@@ -64,6 +66,23 @@ def test_numbers_come_with_their_protocol(
     assert f"{knn['top1']:.1f}" in printed
     assert "raw pixels" in printed
     assert str(tmp_path / "out" / "results.json") in printed
+
+
+def test_that_train_and_test_are_the_same_images_is_kept_and_no_verdict_rests_on_it(
+    world: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", train=world / "train")
+    few = ProbeSettings(strengths=(1.0,))
+    run_evaluate(run, world / "test", world / "test", probes=("knn", "linear", "label_free"), settings=few)
+    note = "train and test are the same images, so the scores say little"
+    assert f"note: {note}" in capsys.readouterr().err
+    results = json.loads((run / "results.json").read_text())
+    assert all(results[name]["protocol"]["shared_images"]["note"] == note for name in ("knn", "linear"))
+    assert "shared_images" not in results["label_free"]["protocol"]
+    verdict = judge(read_run(run))
+    assert verdict.tone == "fair" and verdict.headline.endswith("since test images are in train.")
+    assert f"kNN and Linear probe: {note}; no verdict rests on them." in verdict.details
+    assert not any("raw pixels" in sentence for sentence in (verdict.headline, *verdict.details))
 
 
 def test_probes_merge_into_the_file_and_repeat_to_the_last_digit(world: Path, cache: Path, tmp_path: Path) -> None:

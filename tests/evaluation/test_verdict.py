@@ -62,6 +62,15 @@ def test_scores_against_their_floors(top1: float, level: str, words: tuple[str, 
     assert all(word in text for word in words)
 
 
+@pytest.mark.parametrize(("percent", "tone"), [(2.0, "good"), (30.0, "fair")])
+def test_a_verdict_rests_on_test_images_that_are_not_in_train(run: Run, percent: float, tone: str) -> None:
+    found = results(70.6, 15.1, 12.2)
+    found["knn"]["protocol"] = {"shared_images": {"images": 9, "percent": percent, "note": "9 are in train, too"}}
+    verdict = judge(replace(run, results=found))
+    assert verdict.tone == tone and any(told.startswith("kNN: 9 are in train, too") for told in verdict.details)
+    assert ("better" in verdict.headline) == (tone == "good")
+
+
 def test_scores_without_floors() -> None:
     found = compare({"knn": {"top1": 20.0}}, "knn")
     assert found[:2] == ("unknown", "kNN: 20.0% of the test images get the right class.")
