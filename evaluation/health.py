@@ -14,9 +14,11 @@ import numpy as np
 from evaluation.loss_curve import FEWEST_ROWS, judge_loss
 from evaluation.run_files import Column, Run
 
-State = Literal["early", "learning", "plateau", "one point", "uniform", "diverging", "not learning", "collapsed"]
+Good = Literal["well", "learning"]
+State = Literal["early", Good, "plateau", "one point", "uniform", "diverging", "not learning", "collapsed"]
 NAMES: dict[State, str] = {
     "early": "too early to say",
+    "well": "no sign of illness",
     "learning": "learning",
     "plateau": "plateau at ln(K)",
     "one point": "collapsed to one point",
@@ -43,7 +45,7 @@ RAISE_RATE = (
 )
 RAISE_RATE += "for longer where it is large; look at some images (trivit shards inspect)"
 ROWS = 3
-"""Rows that are looked at, by their median; a verdict needs as many."""
+"""Rows that are looked at, by their median; an illness needs as many, good news more (FEWEST_ROWS)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Health:
     @property
     def ill(self) -> bool:
         """Whether somebody should do something."""
-        return self.state not in ("early", "learning")
+        return self.state not in ("early", "well", "learning")
 
     @property
     def line(self) -> str:
@@ -151,6 +153,9 @@ def _dino(run: Run) -> Health:
         below its first row, and the features spread as at first, within a fifth. (Moving the centre alone has brought
         the divergence to 3.4 times its first row.)
     early, and one point when the run ends so: fewer than 6 prototypes in use and not more and more.
+    learning: none of this, and the student is better than one that says the same about every image, of 8 images at
+        least that are compared.
+    well: none of this, and not yet so. Both from 8 rows on, and from 40 steps behind warm-up and frozen phases.
     """
     rows, step, early = len(run.metrics["step"]), run.step, settled(run, 20)
     k, most = prototypes(run), math.log(prototypes(run))
@@ -195,7 +200,16 @@ def _dino(run: Run) -> Health:
         if run.max_steps is not None and step >= run.max_steps:
             return _ill("one point", f"Only {in_use}.")
         return Health("early", f"Only {in_use}, and not more and more: this may become a collapse to one point.")
-    return Health("learning", f"The student has {kl:.2f} nats left to learn from the teacher, {in_use}.")
+    if rows < FEWEST_ROWS or step < settled(run, 40):
+        return _early(run, settled(run, 40))
+    text = f"The student has {kl:.2f} nats left to learn from the teacher, {in_use}"
+    if kl < told and images >= 8:
+        return Health("learning", f"{text}.")
+    if images >= 8:
+        text += f", more than one that says the same about every image would have ({max(told, 0):.2f})"
+    if spread < 0.6 * at_first:
+        text += f"; features spread less than at first ({spread:.2f}, then {at_first:.2f})"
+    return Health("well", f"{text}.")
 
 
 def _collapsed(run: Run, done: bool, images: float, *, patches: bool = False) -> Health | None:
@@ -289,4 +303,8 @@ def _ill(state: State, reason: str, remedy: str = "") -> Health:
 def _early(run: Run, until: int) -> Health:
     if run.max_steps is not None and until >= run.max_steps:
         return Health("early", f"The run is too short: it would have to go on past step {until:,}.")
+    if run.step >= until:
+        rows = len(run.metrics.get("step", ()))
+        less = " (lower log_every)" if run.max_steps is not None and run.step >= run.max_steps else ""
+        return Health("early", f"A verdict needs {FEWEST_ROWS} rows of metrics.csv, and there are {rows}{less}.")
     return Health("early", f"A verdict comes after step {until:,}.")

@@ -16,6 +16,7 @@ LARGEST = "always naming the largest class"
 PROBE_NAMES = {"knn": "kNN", "linear": "Linear probe", "zeroshot": "Zero-shot"}
 HEADLINES: dict[State, str] = {
     "early": "Too early to say anything.",
+    "well": "No sign of illness.",
     "learning": "It learns.",
     "plateau": "Plateau: the loss stays at ln(K), nothing is being learnt.",
     "one point": "Collapsed to one point: the same is said about every image.",
@@ -56,7 +57,8 @@ def judge(run: Run) -> Verdict:
     above = [compare(run.results, probe) for probe in scored if not no_verdict(run.results[probe])]
     details += [*_shared(run.results), *(comparison.text for comparison in above)]
     levels = {comparison.level for comparison in above}
-    learns = _learns(run) if health is not None and health.state == "learning" else ""
+    good = health is not None and not health.ill and health.state != "early"
+    learns = _so_far(run, HEADLINES[health.state]) if good and health is not None else ""
     others = [] if scored else _of_others(run.results)
     if health is not None and health.ill:
         return Verdict("bad", HEADLINES[health.state], (*details, *others))
@@ -78,6 +80,7 @@ def judge(run: Run) -> Verdict:
         floors = run.results["floors"]
         under = [label for floor, label in FLOORS.items() if not PROBE_NAMES.keys().isdisjoint(floors.get(floor, {}))]
         headline = f"the features are clearly better than {_listed(under, 'and')}."
+        learns = _so_far(run, HEADLINES["learning"]) if learns else ""  # the scores say so, whatever the loss does
         return Verdict("good", f"{learns}: {headline}" if learns else headline.capitalize(), tuple(details))
     if "above" in levels or (len(levels) > 1 and "unknown" in levels):
         told = ", ".join(comparison.short for comparison in sorted(above, key=lambda c: c.level != "above"))
@@ -164,10 +167,11 @@ def _listed(names: Sequence[str], word: str) -> str:
     return f" {word} ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
-def _learns(run: Run) -> str:
-    """That it learns, and since when, where that is less than one pass over the images."""
+def _so_far(run: Run, headline: str) -> str:
+    """The headline without its full stop, and since when, where that is less than one pass over the images."""
     epochs = run.metrics.get("epoch", np.array([1.0]))[-1]
-    return "It learns" if not epochs < 1 else f"It learns so far (after {epochs:.2g} epochs)"
+    words = headline.rstrip(".")
+    return words if not epochs < 1 else f"{words} so far (after {epochs:.2g} epochs)"
 
 
 def _progress(run: Run) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
-from evaluation.health import Health, judge_health
+from evaluation.health import ROWS, Health, judge_health
 from evaluation.health_words import told
 from evaluation.run_files import Run, non_finite_step, read_metrics
 from evaluation.time_shares import bottleneck
@@ -16,7 +16,7 @@ from pretrain.errors import NonFiniteError
 from pretrain.metrics import Metrics
 
 TIMES, TIMES_AGAIN = 2, 5
-"""A verdict is told when it has been the same so many times; that an ill run learns again needs more."""
+"""A verdict is told when it has been the same so many times; good news after another verdict needs more."""
 MOST_ROWS = 1000
 """With n times as many, only every n-th is judged."""
 
@@ -55,7 +55,8 @@ class HealthWatch(Callback):
         state, times = self._candidate
         self._candidate = (health.state, times + 1 if health.state == state else 1)
         before = self.told.state if self.told else "early"  # that it is early needs no telling
-        needed = TIMES_AGAIN if self.told and self.told.ill and not health.ill else TIMES
+        good = not health.ill and (health.state != "early" or (self.told is not None and self.told.ill))
+        needed = TIMES_AGAIN if self.told and good else TIMES
         if self._candidate[1] >= needed and health.state != before:
             self.told = health
             _say(f"step {newest['step']}: {health.line}")
@@ -65,7 +66,8 @@ class HealthWatch(Callback):
         if trainer.is_global_zero and self._columns:
             run = self._now()
             numbers = [f"  {line}" for line in told(run)]
-            _say("\n".join([f"verdict at step {run.step}: {judge_health(run).line}", *numbers]))
+            basis = f" (by the medians of the last {ROWS} rows, as the numbers below)" if numbers else ""
+            _say("\n".join([f"verdict at step {run.step}: {judge_health(run).line}{basis}", *numbers]))
             if limit := bottleneck(run):
                 _say(limit.sentence)
 

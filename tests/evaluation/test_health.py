@@ -58,7 +58,9 @@ def test_dino_at_any_size(size: tuple[int, int, int]) -> None:
         # what a long run ends with, which is sure of each image
         ({"entropy": 0.3 * log_k, "kl": 0.02 * log_k, "prototypes_used": 0.7 * k}, "learning"),
         # a loss that rises as the teacher's temperature does
-        ({"entropy": lambda x: (0.5 + 0.4 * x) * log_k}, "learning"),
+        ({"entropy": lambda x: (0.4 + 0.4 * x) * log_k}, "learning"),
+        # a student that has not yet learnt more than to say the same about every image
+        ({"kl": lambda x: (0.2 + 0.3 * math.exp(-20 * x)) * log_k}, "well"),
         ({"entropy": 0.2, "kl": 0.1, "prototypes_used": 1.6}, "one point"),
         ({"entropy": 0.0, "kl": 0.0, "prototypes_used": 1.0}, "one point"),
         ({"feature_std": 0.02}, "one point"),
@@ -75,7 +77,7 @@ def test_few_images_cannot_be_compared() -> None:
     log_k = math.log(1024)
     for images, spread in ((1, 0.0), (2, 0.3)):
         alike = {"entropy": 0.8 * log_k, "kl": 0.05 * log_k, "prototypes_used": 1024**0.8, "feature_std": spread}
-        assert state(dino(*SIZES[2], **alike, micro_batch=images)) == "learning"
+        assert state(dino(*SIZES[2], **alike, micro_batch=images)) == "well"
         assert state(dino(*SIZES[2], **alike)) == "one point"
 
 
@@ -115,11 +117,27 @@ def test_a_dino_that_never_learnt_anything_is_told(size: tuple[int, int, int]) -
     assert state(ill) == "not learning" and judge(ill).tone == "bad"
     told = judge_health(ill)
     assert "1.0e-09" in told.reason and "raise the learning rate" in told.remedy and "caption" not in told.remedy
-    for kl in (
-        lambda x: (0.05 + 0.32 * math.exp(-20 * x) + 0.3 * x**2) * log_k,  # it falls, then the targets get harder
-        0.1 * log_k,  # one that began with what another run had learnt
+    for kl, expected in (
+        (lambda x: (0.05 + 0.32 * math.exp(-20 * x) + 0.3 * x**2) * log_k, "well"),  # then the targets get harder
+        (0.1 * log_k, "learning"),  # one that began with what another run had learnt
     ):
-        assert state(dino(*size, **untouched, kl=kl, lr=5e-4)) == "learning"
+        assert state(dino(*size, **untouched, kl=kl, lr=5e-4)) == expected
+
+
+def test_good_news_need_rows_and_steps_and_a_student_that_knows_something() -> None:
+    fine = {"entropy": 4.0, "kl": 0.4, "prototypes_used": 200, "feature_std": 0.5}
+    three = dino(256, 30, 0, **fine, rows=3)
+    found = judge_health(three)
+    assert found.state == "early" and judge(three).headline == HEADLINES["early"] and "too short" in found.reason
+    few = judge_health(dino(256, 300, 0, **fine, rows=7))
+    assert few.state == "early" and "needs 8 rows" in few.reason and "there are 7 (lower log_every)" in few.reason
+    assert state(dino(256, 300, 0, **fine, rows=8)) == "learning"
+    assert state(dino(256, 38, 0, **fine, rows=38)) == "early"
+    # as seen: the loss rises to ln K, features draw together, and the student knows less than a constant would
+    fading = dino(256, 300, 0, **{**fine, "entropy": 5.1, "kl": 0.4, "feature_std": lambda x: 0.52 - 0.26 * x})
+    verdict = judge(fading)
+    assert state(fading) == "well" and verdict.headline == "No sign of illness; nothing has been scored yet."
+    assert verdict.tone == "fair" and any("spread less than at first (0.26, then 0.52)" in x for x in verdict.details)
 
 
 def test_a_dino_on_its_way_to_one_point_is_not_good_news() -> None:

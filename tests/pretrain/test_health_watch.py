@@ -41,9 +41,9 @@ class Console:
 
 def test_a_change_is_told_once_and_a_recovery_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(tmp_path / "metrics.csv", monkeypatch)
-    console.rows(4, LEARNS)
-    assert console.told == ["step 40: learning"]  # possible from step 30 on, and sure at the second time
-    console.rows(10, LEARNS)
+    console.rows(9, LEARNS)
+    assert console.told == ["step 90: learning"]  # possible from 8 rows on, and sure at the second time
+    console.rows(5, LEARNS)
     console.rows(1, POINT)  # a single row says nothing
     console.rows(4, LEARNS)
     assert len(console.told) == 1
@@ -55,6 +55,7 @@ def test_a_change_is_told_once_and_a_recovery_later(tmp_path: Path, monkeypatch:
     console.watch.on_train_end(console.trainer, None)  # type: ignore[arg-type]
     last = console.said[-1].splitlines()
     assert last[0].startswith("verdict at step 310: learning. ") and any("Prototypes in use 200: " in x for x in last)
+    assert "medians of the last 3 rows" in last[0]
 
 
 def test_a_resumed_run_knows_what_it_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,4 +89,4 @@ def test_a_long_run_is_judged_less_often(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(health_watch, "judge_health", lambda run: judged.append(run.step) or judge(run))
     console = Console(tmp_path / "metrics.csv", monkeypatch)
     console.rows(100, LEARNS)
-    assert len(judged) < 40 and console.told == ["step 40: learning"]
+    assert len(judged) < 40 and console.told == ["step 90: learning"]

@@ -72,16 +72,17 @@ DINO = [
 @pytest.mark.parametrize(("which", "changes"), [(0, []), (1, []), (0, ["--model.ibot", "{}"])])
 def test_a_healthy_dino_raises_nothing(run: Run, which: int, changes: list[Any]) -> None:
     folder, told, said = run(which, DINO, *changes)
-    assert [name for _, name in told] == ["learning"]
-    assert "verdict at step 80: learning. " in said and "Prototypes in use " in said and "64 if all" in said
+    assert [name for _, name in told] in (["learning"], ["no sign of illness"])
+    assert f"verdict at step 80: {told[0][1]}. " in said and "Prototypes in use " in said and "64 if all" in said
     if not changes:
-        assert "It learns; nothing has been scored yet." in report([folder]).read_text()
+        headline = {"learning": "It learns", "no sign of illness": "No sign of illness"}[told[0][1]]
+        assert f"{headline}; nothing has been scored yet." in report([folder]).read_text()
 
 
 def test_two_images_at_a_time_raise_nothing_and_rows_without_hidden_patches_leave_no_gap(run: Run) -> None:
     """Of the targets of two images nothing follows; 16 of 100 micro-batches have hidden patches, four of five rows."""
     folder, told, _ = run(0, DINO, "--data.global_batch_size", 2, "--model.ibot", "{mask_probability: 0.04}")
-    assert {name for _, name in told} <= {"learning"}
+    assert {name for _, name in told} <= {"learning", "no sign of illness"}
     rows = read_metrics(folder / "metrics.csv")
     assert set(rows["train/micro_batch"]) == {2}
     known = np.isfinite(rows["train/ibot_teacher_entropy"])
