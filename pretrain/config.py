@@ -7,13 +7,8 @@ Top level: `seed`, `epochs`, `output`, `checkpoint_every`, `checkpoint_async`, `
 
 import argparse
 import logging
-import re
 import sys
 import warnings
-from dataclasses import fields
-from difflib import get_close_matches
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +19,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules.errors import DataError
 from datamodules.shard_datamodule import ShardDataModule
+from pretrain.complaints import help_of_a_mapping, shorten
 from pretrain.errors import RunError
 from pretrain.nested_settings import leave_out_sizes, spell_nulls, what_stays
 from pretrain.probe_config import ProbeConfig
 from pretrain.run_directory import launched_rank
-from tasks.encoder_config import EncoderConfig
 from tasks.errors import TaskError
 from tasks.task import PretrainTask
 
@@ -39,7 +34,8 @@ WITHOUT_CONFIG = (
 )  # fmt: skip
 DESCRIPTION = """Train an encoder by one of the tasks tasks.mae_task.MAETask, tasks.dino_task.DINOTask and
 tasks.clip_task.CLIPTask, which a config names. Their options, as they are given here (--model.teacher_temp 0.05):
-trivit pretrain --model.help tasks.dino_task.DINOTask. Those of the crops: --data.recipe.help
+trivit pretrain --model.help tasks.dino_task.DINOTask. Where an option takes several settings or null they have a
+help of their own, as --model.ibot.help and --data.recipe.color.help. Those of the crops: --data.recipe.help
 datamodules.recipes.DINORecipe (MAERecipe, CLIPRecipe)."""
 
 
@@ -112,6 +108,7 @@ class PretrainCLI(LightningCLI):
 
 def parse(arguments: list[str]) -> tuple[PretrainCLI, Namespace]:
     """Command line (with `--config FILE_OR_SHIPPED_NAME`) -> parser and config; RunError in one line if it is wrong."""
+    arguments = help_of_a_mapping(arguments) or arguments
     if not any(argument.partition("=")[0] in WITHOUT_CONFIG for argument in arguments):
         raise RunError(
             "--config is missing: give a YAML file or the name of a shipped one "
@@ -175,46 +172,6 @@ def find_configs(arguments: list[str]) -> list[str]:
 
 def _shipped() -> str:
     return ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
-
-
-def shorten(message: str) -> str:
-    """The cause in one line: jsonargparse reports a bad key inside a class as a union of every type that it tried."""
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    owner = re.findall(r"Problem with given class_path '([^']+)'", message)
-    unknown = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: (\S+)", message)
-    if unknown:
-        name = (unknown[1] or unknown[2]).split("=")[0].lstrip("-")
-        where = f"{key}: {owner[-1]} has" if owner else "there is"
-        return f"{where} no setting {name!r}{_did_you_mean(name, owner)}"
-    causes = []
-    for line in message.splitlines():
-        line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line.strip(" -\t")).replace("typing.", "")
-        noise: tuple[str, ...] = (
-            "Parser key",
-            "Does not validate",
-            "Subtypes:",
-            "Errors:",
-            "Given value type:",
-            "Problem with given",
-        )
-        noise += ("Given value: NestedArg", "Given value: {", "Expected a NoneType")
-        if line and not line.startswith(noise):
-            causes.append(line.replace("Expected a ", "expected ").replace("Got value:", "got"))
-    text = "; ".join(dict.fromkeys(causes))
-    text = f"{text[:300]}..." if len(text) > 300 else text
-    return ": ".join(part for part in (key, *owner[-1:], text) if part)
-
-
-def _did_you_mean(name: str, owner: list[str]) -> str:
-    if not owner:
-        return "; see trivit pretrain --help"
-    module, _, cls = owner[-1].rpartition(".")
-    known = list(signature(getattr(import_module(module), cls)).parameters)
-    parent, dot, leaf = name.rpartition(".")
-    if parent == "encoder":
-        known = [field.name for field in fields(EncoderConfig)]
-    near = get_close_matches(leaf, known, n=1)
-    return f"; did you mean {parent}{dot}{near[0]}?" if near else f"; it has {', '.join(known)}"
 
 
 def plain(config: Namespace) -> dict[str, Any]:
