@@ -6,13 +6,14 @@ on ViTs of 2 and 3 blocks (24 and 64 wide, K = 64 and 256, up to 250 steps); doc
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from evaluation.loss_curve import FEWEST_ROWS, judge_loss
 from evaluation.run_files import Column, Run
+from evaluation.suspects import suspects
 
 Good = Literal["well", "learning"]
 State = Literal["early", Good, "plateau", "one point", "uniform", "diverging", "not learning", "collapsed"]
@@ -50,11 +51,15 @@ ROWS = 3
 
 @dataclass(frozen=True)
 class Health:
-    """A state, the sentence that says why, and what usually helps ("" when nothing needs to)."""
+    """A state, the sentence that says why, and what usually helps ("" when nothing needs to).
+
+    `suspects`: of an ill run, settings in its config that are known to make a run so, see `suspects.suspects`.
+    """
 
     state: State
     reason: str
     remedy: str = ""
+    suspects: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,7 +74,13 @@ class Health:
     @property
     def line(self) -> str:
         """All of it in one line."""
-        return f"{self.name}. {self.reason}" + (f" Usual remedy: {self.remedy}." if self.remedy else "")
+        return " ".join([f"{self.name}.", self.reason, *self.advice])
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to look at and what to do, a sentence each, the run's own settings first."""
+        suspected = (f"Suspect in the config: {'; '.join(self.suspects)}.",) if self.suspects else ()
+        return (*suspected, *((f"Usual remedy: {self.remedy}.",) if self.remedy else ()))
 
 
 def judge_health(run: Run) -> Health:
@@ -77,6 +88,16 @@ def judge_health(run: Run) -> Health:
 
     early: fewer than 3 rows, or still within `settled`. DINO: see `_dino`, CLIP: `_clip`, others: `_by_loss`.
     """
+    health = _judge(run)
+    return replace(health, suspects=suspects(run)) if health.ill else health
+
+
+def by_medians(run: Run) -> bool:
+    """Whether the numbers of a verdict are medians of the last ROWS rows: not of a run that is judged by its loss."""
+    return run.non_finite is None and any(f"train/{name}" in run.metrics for name in ("teacher_entropy", "uniformity"))
+
+
+def _judge(run: Run) -> Health:
     if run.non_finite is not None:
         return _ill("diverging", f"The loss or a gradient became NaN or infinite at step {run.non_finite:,}.")
     if (norms := run.metrics.get("train/grad_norm")) is not None and len(norms) >= ROWS:
@@ -202,11 +223,11 @@ def _dino(run: Run) -> Health:
         return Health("early", f"Only {in_use}, and not more and more: this may become a collapse to one point.")
     if rows < FEWEST_ROWS or step < settled(run, 40):
         return _early(run, settled(run, 40))
-    text = f"The student has {kl:.2f} nats left to learn from the teacher, {in_use}"
+    text = f"The student has {kl:.2f} nats left to learn from the teacher"
     if kl < told and images >= 8:
-        return Health("learning", f"{text}.")
-    if images >= 8:
-        text += f", more than one that says the same about every image would have ({max(told, 0):.2f})"
+        return Health("learning", f"{text}, {in_use}.")
+    same = f" (one that says the same about every image would have {max(told, 0):.2f})" if images >= 8 else ""
+    text += f"{same}, {in_use}"
     if spread < 0.6 * at_first:
         text += f"; features spread less than at first ({spread:.2f}, then {at_first:.2f})"
     return Health("well", f"{text}.")

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from evaluation.health import State, judge_health
+from evaluation.health import ROWS, State, by_medians, judge_health
 from evaluation.overlap import no_verdict, overlap_note
 from evaluation.probe_lines import FLOORS, probe_rows
 from evaluation.ranks import one_decimal
@@ -52,7 +52,9 @@ def judge(run: Run) -> Verdict:
     if health is None:
         details = [f"Scores of {run.source}: there is no run of it here, so nothing is said of its training."]
     else:
-        details = [_progress(run), health.reason, *([f"Usual remedy: {health.remedy}."] if health.remedy else [])]
+        details = [_progress(run), health.reason, *health.advice]
+        if health.state != "early" and by_medians(run):
+            details.insert(2, f"Numbers here are the medians of the last {ROWS} rows of metrics.csv.")
     scored = [probe for probe in PROBE_NAMES if probe in run.results]
     above = [compare(run.results, probe) for probe in scored if not no_verdict(run.results[probe])]
     details += [*_shared(run.results), *(comparison.text for comparison in above)]

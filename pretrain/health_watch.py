@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
-from evaluation.health import ROWS, Health, judge_health
+from evaluation.health import ROWS, Health, by_medians, judge_health
 from evaluation.health_words import told
 from evaluation.run_files import Run, non_finite_step, read_metrics
 from evaluation.time_shares import bottleneck
@@ -66,7 +66,7 @@ class HealthWatch(Callback):
         if trainer.is_global_zero and self._columns:
             run = self._now()
             numbers = [f"  {line}" for line in told(run)]
-            basis = f" (by the medians of the last {ROWS} rows, as the numbers below)" if numbers else ""
+            basis = f" (By the medians of the last {ROWS} rows, as the numbers below.)" if by_medians(run) else ""
             _say("\n".join([f"verdict at step {run.step}: {judge_health(run).line}{basis}", *numbers]))
             if limit := bottleneck(run):
                 _say(limit.sentence)

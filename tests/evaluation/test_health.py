@@ -242,6 +242,36 @@ def test_an_ill_run_is_bad_whatever_it_scores_and_the_remedy_is_named() -> None:
     assert any(line.startswith("Usual remedy: ") and "centre the teacher" in line for line in verdict.details)
 
 
+def test_suspicious_settings_are_named_before_the_usual_remedy() -> None:
+    columns = {"entropy": 0.2, "kl": 0.1, "prototypes_used": 1.6, "feature_std": 0.4}
+    usual = {"center_momentum": 0.9, "student_temp": 0.1, "teacher_temp": 0.04, "clip_grad": 3.0, "lr": 2e-3}
+    for changes, words in (
+        ({}, ""),
+        ({"center_momentum": 0.9999999}, "model.center_momentum 0.9999999 (0.9 is usual"),
+        ({"center_momentum": 0.9999999, "targets": "sinkhorn"}, ""),
+        ({"teacher_temp": 0.1}, "model.teacher_temp 0.1 (should be well below model.student_temp, 0.1)"),
+        ({"clip_grad": 0}, "model.clip_grad 0 (3 is usual"),
+        ({"lr": 0.5}, "model.lr 0.5 (0.00012 is usual with a batch of 64)"),
+        ({"lr": 1e-9}, "model.lr 1e-09 (0.00012 is usual"),
+        ({"lr": None, "base_lr": 0.1}, "model.base_lr 0.1 (0.0005 is usual)"),
+        ({"lr": 0.5, "optimizer": "sgd"}, ""),
+    ):
+        ill = dino(256, 250, 25, **columns)
+        ill.config["data"] = {"global_batch_size": 64}
+        ill.config["model"]["init_args"].update({**usual, **changes})
+        line, details = judge_health(ill).line, judge(ill).details
+        assert ("Suspect in the config: " in line) == bool(words) and f"{words}" in line, line
+        if words:
+            assert line.index(words) < line.index("Usual remedy: ")
+            assert any(told.startswith("Suspect in the config: ") and words in told for told in details)
+        ill.config["model"]["init_args"].update(usual)
+    healthy = dino(256, 250, 25, entropy=4.5, kl=0.4, prototypes_used=200, feature_std=0.5)
+    healthy.config["model"]["init_args"]["clip_grad"] = 0
+    assert judge_health(healthy).suspects == () and any(
+        "medians of the last 3 rows" in x for x in judge(healthy).details
+    )
+
+
 def test_every_number_has_words() -> None:
     columns = {name.removeprefix("train/"): 0.5 for name in NUMBERS if name != "rankme"}
     found = run({"model": {"head": {"prototypes": 256}}}, table(100, **columns))
