@@ -251,8 +251,8 @@ def test_suspicious_settings_are_named_before_the_usual_remedy() -> None:
         ({"center_momentum": 0.9999999, "targets": "sinkhorn"}, ""),
         ({"teacher_temp": 0.1}, "model.teacher_temp 0.1 (should be well below model.student_temp, 0.1)"),
         ({"clip_grad": 0}, "model.clip_grad 0 (3 is usual"),
-        ({"lr": 0.5}, "model.lr 0.5 (0.00012 is usual with a batch of 64)"),
-        ({"lr": 1e-9}, "model.lr 1e-09 (0.00012 is usual"),
+        ({"lr": 0.5}, "model.lr 0.5 (0.00013 is usual with a batch of 64)"),
+        ({"lr": 1e-9}, "model.lr 1e-09 (0.00013 is usual"),
         ({"lr": None, "base_lr": 0.1}, "model.base_lr 0.1 (0.0005 is usual)"),
         ({"lr": 0.5, "optimizer": "sgd"}, ""),
     ):
