@@ -1,9 +1,8 @@
 """`trivit doctor`: what is here, what a run will need, what is wrong with it, before a queue or a night finds out."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from jsonargparse import Namespace
@@ -11,7 +10,7 @@ from jsonargparse import Namespace
 from datamodules.errors import DataError
 from datamodules.shard_datamodule import Layout, ShardDataModule
 from pretrain import doctor_run
-from pretrain.checks import check, check_parts, check_sizes, fill_in, max_steps
+from pretrain.checks import check, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse
 from pretrain.cost import step_cost
 from pretrain.doctor_data import reading_rate, training_set
@@ -20,6 +19,7 @@ from pretrain.errors import RunError
 from pretrain.findings import Finding
 from pretrain.fsdp import NAME as FSDP2
 from pretrain.hardware import GPU, gpu_called, gpu_here
+from pretrain.refusals import refusals
 from pretrain.scaling import Cluster, step_time
 from tasks.errors import TaskError
 from tasks.task import PretrainTask
@@ -105,32 +105,20 @@ class _Run:
             return
         yield from training_set(self.data, self.world_size)
         self.steps = max_steps(self.config, self.data.steps_per_epoch)
-        self.task.check_schedule(self.steps, self.data.steps_per_epoch)
+        if self.possible:  # or a warm-up in steps would be told twice
+            self.task.check_schedule(self.steps, self.data.steps_per_epoch)
         self.rate = reading_rate(self.data)
         if self.rate is not None:
             yield Finding("ok", f"a core here reads and augments {self.rate:,.0f} images/s")
 
     def refused(self) -> Iterator[Finding]:
         """What ends `trivit pretrain` before its first step, whatever the data."""
-        task, settings = self.task, self.config.trainer
-        trainer = SimpleNamespace(
-            accumulate_grad_batches=self.data.batches_per_step(self.world_size), world_size=self.world_size,
-            gradient_clip_val=settings.gradient_clip_val, precision=str(settings.precision or "32-true"), global_step=0,
-        )  # fmt: skip
-        task.trainer = trainer  # type: ignore[assignment]
-        checks: list[Callable[[], None]] = [
-            lambda: check_parts(task, self.data.recipe),
-            lambda: check_sizes(task, self.config.data.recipe.init_args),
-            lambda: task.check_trainer(trainer, self.data),
-        ]
-        if not (Path(self.config.output) / "checkpoints").exists():  # or it does not start from another one's weights
-            checks.append(task.on_train_start)
-        for look in checks:
-            try:
-                look()
-            except (DataError, RunError, TaskError) as error:
-                self.possible = False
-                yield Finding("wrong", " ".join(str(error).split()))
+        begins = not (Path(self.config.output) / "checkpoints").exists()  # or no other weights are needed any more
+        for refusal in refusals(self.config, self.task, self.data, self.world_size, begins):
+            self.possible = False
+            yield Finding("wrong", refusal)
+        for note in self.task.notes():
+            yield Finding("note", note)
 
     def of_run(self) -> Iterator[Finding]:
         """Memory, work and time."""

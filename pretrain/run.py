@@ -28,7 +28,7 @@ from pretrain.beginning import Beginning
 from pretrain.checkpoint_files import CheckpointFiles
 from pretrain.checkpoint_writer import CheckpointWriter
 from pretrain.checkpoints import Checkpoints
-from pretrain.checks import check, check_parts, check_sizes, fill_in, max_steps
+from pretrain.checks import check, fill_in, max_steps
 from pretrain.config import PretrainCLI, instantiate, parse, plain
 from pretrain.cost import peak_rate
 from pretrain.errors import Interrupted, RunError
@@ -45,6 +45,7 @@ from pretrain.probe_config import ProbeConfig
 from pretrain.probe_watch import ProbeWatch
 from pretrain.progress import Progress
 from pretrain.rank_watch import RankWatch
+from pretrain.refusals import refuse
 from pretrain.run_directory import RunDirectory, flatten, launched_rank, srun_started
 from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
@@ -98,8 +99,9 @@ def train(
             task.double()  # Lightning would do it after a checkpoint has been read, which would be rounded
         data.bad_samples_file = directory.bad_samples
         data.tokenize, data.whole_batches = task.tokenize, task.whole_batches
-        check_parts(task, data.recipe)
-        check_sizes(task, config.data.recipe.init_args)
+        refuse(config, task, data, begins=launched_rank() == 0 and not directory.has_trained())
+        if launched_rank() == 0:
+            print(*(f"note: {note}\n" for note in task.notes()), sep="", end="", file=sys.stderr)
         data.setup("fit")
         config.trainer.max_steps = max_steps(config, data.steps_per_epoch)
         task.check_schedule(config.trainer.max_steps, data.steps_per_epoch)
@@ -283,7 +285,11 @@ def _say_how_it_ended(trainer: Trainer, stop: StopRequest, directory: RunDirecto
 
 def _next(directory: RunDirectory, task: Any) -> str:
     by_texts = "" if task.tokenize is None else ", or by its texts --test DIR --probes zeroshot,retrieval"
-    return f"next: trivit evaluate {shlex.quote(str(directory.path))} --train DIR --test DIR{by_texts}"
+    run = shlex.quote(str(directory.path))
+    return (
+        f"next: trivit evaluate {run} --train DIR --test DIR (labelled images){by_texts}; without labels: "
+        f"trivit report {run}"
+    )
 
 
 def _as_list(value: Any) -> list[Any]:

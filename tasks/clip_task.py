@@ -140,10 +140,8 @@ class CLIPTask(PretrainTask):
         if data.global_batch_size < 2:
             raise TaskError("CLIP compares the pairs of a batch: data.global_batch_size must be at least 2")
 
-    def on_train_start(self) -> None:
-        """Takes over the weights to start from; a run that is being resumed has its own and is past step 0."""
-        if self.trainer.global_step:
-            return
+    def take_weights(self) -> None:
+        """Those of init_encoder or init_checkpoint."""
         if self.init_encoder:
             take_encoder(self.model.encoder, self.init_encoder)
         if self.init_checkpoint:

@@ -116,7 +116,8 @@ class DINOTask(PretrainTask):
                 raise TaskError(f"{name} cannot be negative, but is {value:g}")
         if init_encoder and init_checkpoint:
             raise TaskError("give init_encoder or init_checkpoint, not both")
-        self.teacher_temp, self.warmup_teacher_temp = teacher_temp, warmup_teacher_temp
+        self.student_temp, self.teacher_temp = student_temp, teacher_temp
+        self.warmup_teacher_temp = warmup_teacher_temp
         self.warmup_teacher_temp_epochs, self.teacher_momentum = warmup_teacher_temp_epochs, teacher_momentum
         self.freeze_last_layer_epochs, self.head_warmup_epochs = freeze_last_layer_epochs, head_warmup_epochs
         self.clip_grad, self.clip, self.optimizer = clip_grad, clip, optimizer
@@ -191,23 +192,39 @@ class DINOTask(PretrainTask):
 
     def check_trainer(self, trainer: Any, data: Any) -> None:
         """Raises TaskError for what the trainer would do to DINO."""
+        wrong = []
         if trainer.accumulate_grad_batches > 1:
             alone = [n for n, on in (("KoLeo", self.model.koleo_weight), ("Sinkhorn-Knopp", not self._centred)) if on]
             if alone:
-                raise TaskError(
-                    f"{' and '.join(alone)} cannot see across {trainer.accumulate_grad_batches} accumulated "
-                    "micro-batches: raise data.device_batch_size, use more devices, or go without"
+                here, times = trainer.world_size, trainer.accumulate_grad_batches
+                wrong.append(
+                    f"{' and '.join(alone)} cannot see across {times} accumulated micro-batches: raise "
+                    f"data.device_batch_size to {data.global_batch_size // here}, use {here * times} devices instead "
+                    f"of {here}, or go without"
                 )
         if trainer.gradient_clip_val is not None:
-            raise TaskError("trainer.gradient_clip_val clips all gradients together; DINO has clip_grad: set that")
+            wrong.append("trainer.gradient_clip_val clips all gradients together; DINO has clip_grad: set that")
         halved = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
         if halved or str(trainer.precision) in ("16-true", "bf16-true"):
-            raise TaskError("16-bit weights cannot follow an EMA: set trainer.precision to bf16-mixed or 32-true")
+            wrong.append("16-bit weights cannot follow an EMA: set trainer.precision to bf16-mixed or 32-true")
+        if wrong:
+            raise TaskError("; ".join(wrong))
 
-    def on_train_start(self) -> None:
-        """Takes over the weights to start from; a run that is being resumed has its own and is past step 0."""
-        if self.trainer.global_step:
-            return
+    def notes(self) -> list[str]:
+        """A teacher that is not sharper than the student."""
+        student, name = self.student_temp, "teacher_temp"
+        warmest = self.teacher_temp
+        if self.warmup_teacher_temp_epochs and self.warmup_teacher_temp > warmest:
+            name, warmest = "warmup_teacher_temp", self.warmup_teacher_temp
+        if warmest < student:
+            return []
+        return [
+            f"model.{name} {warmest:g} is not below student_temp {student:g}: a teacher that is not sharper than the "
+            "student leads to uniform answers (collapse); usual are 0.04 to 0.07 beside 0.1"
+        ]
+
+    def take_weights(self) -> None:
+        """Those of init_encoder or init_checkpoint."""
         if self.init_encoder:
             take_encoder(self.model.student.encoder, self.init_encoder)
             self.model.copy_student()

@@ -155,7 +155,10 @@ class PretrainTask(pl.LightningModule):
         return self.build_optimizer(groups, lr=rate, fused=fused, foreach=None if fused else True)
 
     def check_schedule(self, total: int, steps_per_epoch: int) -> None:
-        """Raises TaskError for phases that are not shorter than the run of `total` optimiser steps, all at once."""
+        """Raises TaskError for phases that are not shorter than the run of `total` optimiser steps, all at once.
+
+        With `steps_per_epoch` 0, not known yet, those that are given in epochs pass.
+        """
         if faults := self.too_long(total, steps_per_epoch):
             told = "; ".join(fault for fault, _ in faults.values())
             values = " ".join(f"--model.{name} {value}" for name, (_, value) in faults.items())
@@ -179,6 +182,18 @@ class PretrainTask(pl.LightningModule):
             trainer: its accumulate_grad_batches, gradient_clip_val, precision and world_size are looked at.
             data: the datamodule; its global_batch_size and layout, for which it need not have been set up.
         """
+
+    def take_weights(self) -> None:
+        """Takes over the weights that a new run starts from, if any; TaskError: not there, or they do not fit."""
+
+    def notes(self) -> list[str]:
+        """What works, but hardly as it was meant."""
+        return []
+
+    def on_train_start(self) -> None:
+        """Takes over the weights to start from; a run that is being resumed has its own and is past step 0."""
+        if not self.trainer.global_step:
+            self.take_weights()
 
     def on_fit_start(self) -> None:
         """Refuses a schedule and a trainer that cannot work."""
