@@ -9,11 +9,13 @@ from numpy.typing import NDArray
 
 from evaluation.health_words import NUMBERS
 from evaluation.loss_curve import smooth
+from evaluation.loss_terms import TERMS
 from evaluation.run_files import Run
-from evaluation.svg import SERIES, figure, to_svg
+from evaluation.svg import INK, SERIES, figure, to_svg
 
 TITLES = {
     "train/loss": "Training loss",
+    **TERMS,
     "train/lr": "Learning rate",
     "train/images_per_second": "Images per second",
     "train/mfu": "Model FLOPs utilisation",
@@ -21,6 +23,7 @@ TITLES = {
     "train/data_wait": "Waiting for data, share",
     "probe/knn": "kNN on the probe's images, %",
     **{name: number.title for name, number in NUMBERS.items()},
+    "train/micro_batch": "Images of a micro-batch on a device",
 }
 NOT_DRAWN = {"step", "epoch", "seconds", "train/peak_memory"}  # the last is a number, among the facts
 EXACT = {"train/lr"}
@@ -73,8 +76,11 @@ def _curve(run: Run, name: str) -> Curve:
     return Curve(run.name, x, y, smoothed)
 
 
-def draw_curves(name: str, each: Sequence[Curve], order: Sequence[str]) -> str:
-    """One panel as inline SVG; a run keeps its colour and dashes (its place in `order`) in all panels."""
+def draw_curves(name: str, each: Sequence[Curve], order: Sequence[str], log_k: float | None = None) -> str:
+    """One panel as inline SVG; a run keeps its colour and dashes (its place in `order`) in all panels.
+
+    `log_k`: ln(K), a thin line to compare the values with; None: none.
+    """
     title = TITLES.get(name, name)
     with figure(360, 215) as (drawing, axes):
         for curve in each:
@@ -84,6 +90,10 @@ def draw_curves(name: str, each: Sequence[Curve], order: Sequence[str]) -> str:
                 axes.plot(curve.x, curve.y, color=SERIES[i], linewidth=0.8, alpha=0.35)
             axes.plot(curve.x, curve.smooth, **style)
         low, high = _limits(name, each)
+        if log_k is not None:
+            low, high = min(low, log_k - 0.05 * (high - low)), max(high, log_k + 0.05 * (high - low))
+            axes.axhline(log_k, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+            axes.text(0.01, log_k, "ln(K)", transform=axes.get_yaxis_transform(), va="top", fontsize=10)
         axes.set_ylim(low, high)
         highest = max(float(curve.y.max()) for curve in each)
         if highest > high:
@@ -97,6 +107,7 @@ def draw_curves(name: str, each: Sequence[Curve], order: Sequence[str]) -> str:
         if name == "train/mfu":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         last = "; ".join(f"{curve.run} ends at {curve.smooth[-1]:.4g}" for curve in each)
+        last += "" if log_k is None else f"; ln(K) is {log_k:.4g}"
         return to_svg(drawing, escape(f"{title} over optimiser steps. {last}"))
 
 

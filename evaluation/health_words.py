@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from evaluation.health import newest, pairs, prototypes
+from evaluation.loss_terms import sum_words
 from evaluation.run_files import Run
 
 
@@ -109,9 +110,21 @@ def loss_words(runs: Sequence[Run]) -> str:
     )
 
 
+def missing_words(runs: Sequence[Run]) -> list[str]:
+    """That runs which log their health have no RankMe, and why, a sentence; [] where all have."""
+    logged = [run for run in runs if any(name in run.metrics for name in NUMBERS)]
+    lacking = [r.name for r in logged if not any(math.isfinite(x) for x in r.metrics.get("rankme", ()))]
+    whose = f" of {', '.join(lacking)}" if len(runs) > 1 else ""
+    why = "it is only taken when it costs less than 1% of the time since training began, which short runs do not reach"
+    return [f"RankMe{whose}: none in metrics.csv; {why}."] if lacking else []
+
+
 def told(run: Run) -> list[str]:
-    """A line for each number of health that the run has logged: its title, its newest value, what it means."""
-    lines = []
+    """A line for each number of health that the run has logged: its title, its newest value, what it means.
+
+    Before them, of which terms its loss is the sum, where there are several.
+    """
+    lines = [words] if (words := sum_words(run)) else []
     for name, number in NUMBERS.items():
         values = run.metrics.get(name)
         value = math.nan if values is None else newest(run, name)

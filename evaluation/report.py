@@ -13,7 +13,8 @@ from evaluation.attribute_table import attribute_rows, attribute_sentences
 from evaluation.confusion import confusions
 from evaluation.curves import constant, constant_words, curves, draw_curves
 from evaluation.errors import EvaluationError
-from evaluation.health_words import NUMBERS, loss_words, meaning_for
+from evaluation.health_words import NUMBERS, loss_words, meaning_for, missing_words
+from evaluation.loss_terms import guess_level, term_words
 from evaluation.overlap import no_verdict
 from evaluation.probe_lines import ProbeRow, probe_rows
 from evaluation.probe_tables import ProbeTable, probe_tables
@@ -108,7 +109,7 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
     columns = curves(runs)
     same = {name: constant_words(name, each) for name, each in columns.items() if constant(each)}
     found = {name: each for name, each in columns.items() if name not in same}
-    drawn = {name: Markup(draw_curves(name, each, names)) for name, each in found.items()}
+    drawn = {name: Markup(draw_curves(name, each, names, guess_level(name, runs))) for name, each in found.items()}
     return environment.get_template("report.html.jinja").render(
         title=" · ".join(names),
         css=Markup((Path(__file__).parent / "report.css").read_text()),
@@ -126,10 +127,13 @@ def render(runs: Sequence[Run], cache_dir: Path | None = None) -> str:
             if (rows := attribute_rows(run.results))
         ],
         health=[(drawn[name], meaning_for(name, runs)) for name in NUMBERS if name in drawn],
-        health_constants=[f"{same[name]} ({meaning_for(name, runs)})." for name in NUMBERS if name in same],
+        health_constants=[
+            *(f"{same[name]} ({meaning_for(name, runs)})." for name in NUMBERS if name in same),
+            *missing_words(runs),
+        ],
         constants=[f"{words}." for name, words in same.items() if name not in NUMBERS],
         panels=[
-            (panel, loss_words(runs) if name == "train/loss" else "")
+            (panel, loss_words(runs) if name == "train/loss" else term_words(name, runs))
             for name, panel in drawn.items()
             if name not in NUMBERS
         ],

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from evaluation.curves import MOST_POINTS, constant, curves, draw_curves
+from evaluation.health_words import told
+from evaluation.loss_terms import guess_level
 from evaluation.report import render
 from evaluation.run_files import Run, read_run
 from tests.evaluation.conftest import make_run
@@ -66,6 +68,30 @@ def test_values_above_the_panel_are_told(run: Run) -> None:
     flat = {"step": step, "train/loss": loss}
     shown = draw_curves("train/lr", curves([replace(run, metrics=flat)])["train/loss"], ["run"])
     assert "cut: up to" not in shown
+
+
+def test_terms_of_the_loss_are_drawn_apart_with_ln_k_where_it_is_the_level_of_a_guess(run: Run) -> None:
+    columns = ["teacher_entropy", "kl", "prototypes_used", "feature_std", "dino_loss", "koleo_loss", "ibot_loss"]
+    columns += ["ibot_teacher_entropy", "ibot_prototypes_used"]
+    metrics = {"step": np.arange(9.0), "train/loss": np.linspace(9, 8, 9), "train/micro_batch": np.full(9, 16.0)}
+    metrics |= {f"train/{name}": np.linspace(4, 3, 9) for name in columns}
+    model = {"head": {"prototypes": 64}, "koleo_weight": 0.1}
+    model["ibot"] = {"weight": 2.0, "mask_probability": 0.5, "head": {"prototypes": 128}}
+    dino = replace(run, config={"model": model}, metrics=metrics)
+    assert list(curves([dino]))[:4] == ["train/loss", "train/dino_loss", "train/ibot_loss", "train/koleo_loss"]
+    levels = {name: guess_level(name, [dino]) for name in curves([dino])}
+    assert {name: pytest.approx(level) for name, level in levels.items() if level} == {
+        "train/dino_loss": np.log(64), "train/teacher_entropy": np.log(64), "train/ibot_teacher_entropy": np.log(128),
+    }  # fmt: skip
+    other = replace(dino, name="b", config={"model": {"head": {"prototypes": 65}}})
+    assert guess_level("train/dino_loss", [dino, other]) is None
+    alone = replace(dino, metrics={name: metrics[name] for name in ("step", "train/loss", "train/teacher_entropy")})
+    assert guess_level("train/loss", [alone]) == pytest.approx(np.log(64))
+    page = render([dino])
+    assert "50% of them have some" in page and "has 2 times this" in page and "has 0.1 times this" in page
+    assert "ends at 3; ln(K) is 4.159" in page and "train/micro_batch" not in page.split("config.yaml")[0]
+    assert "Images of a micro-batch on a device: 16 throughout" in page and "RankMe: none in metrics.csv" in page
+    assert told(dino)[0].startswith("Loss 8.125: DINO 3.125 + 2 x iBOT 3.125 + 0.1 x KoLeo 3.125; with ln(K) = 4.16")
 
 
 def test_names_cannot_break_out_of_the_drawing(run: Run) -> None:
