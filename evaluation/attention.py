@@ -31,13 +31,15 @@ class HeadPicture(NamedTuple):
     """One map as a data URI, brightest where the weight is largest, black where it is 0.
 
     `on_patches`: share of the attention that patches get; `spread`: how many of its `patches` that covers: as many
-    as an even one of the same entropy, exp(entropy).
+    as an even one of the same entropy, exp(entropy); `least` and `most` that a patch gets, 1 being an even share.
     """
 
     image: str
     on_patches: float
     spread: float
     patches: int
+    least: float
+    most: float
 
 
 class AttentionPicture(NamedTuple):
@@ -96,4 +98,5 @@ def _draw_head(weights: Tensor) -> HeadPicture:
     share = weights / total.clamp_min(1e-300)
     spread = torch.special.entr(share).sum().exp()
     grey = (255 * weights / weights.max().clamp_min(1e-300)).round().to(torch.uint8)
-    return HeadPicture(picture(grey[None]), float(total), float(spread), weights.numel())
+    least, most = (float(share.aminmax()[i]) * weights.numel() for i in (0, 1))
+    return HeadPicture(picture(grey[None]), float(total), float(spread), weights.numel(), least, most)

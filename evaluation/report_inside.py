@@ -36,6 +36,9 @@ FEW = math.log(2)
 """Nats below which a head looks at less than two tokens."""
 
 
+FEW_PATCHES = ": too few to show shapes, which larger images would"
+
+
 class Inside(NamedTuple):
     """Sections of one run; None where there is nothing to show, for which `look` or `depth` has the reason."""
 
@@ -76,7 +79,9 @@ def _attention_section(run: Run, encoder: Encoder, images: Tensor) -> Section:
     found += draw_class_attention(ClassAttention(images[1:], weights[-1:, 1:]))
     note = (
         f"The attention that the class token gives to each patch in the last layer (of {len(found[0].layers)}), a "
-        "picture for each head. Bright is much, black is none, each picture by its own largest value. " + _spread(found)
+        "picture for each head. Bright is much, black is none, each picture by its own largest value; the numbers are "
+        "the least and the most that a patch gets, 1 being an even share: where both are near 1, the texture means "
+        f"nothing. {_spread(found)}{_whose(run)}"
     )
     if "DINO" not in str(run.get("model.class_path", "")) and encoder.config.pool == "mean":
         note += (
@@ -84,6 +89,11 @@ def _attention_section(run: Run, encoder: Encoder, images: Tensor) -> Section:
             "looks at is a by-product."
         )
     return Section(run.name, note, found)
+
+
+def _whose(run: Run) -> str:
+    of_dino = "DINO" in str(run.get("model.class_path", ""))
+    return " The encoder shown is the teacher's, as in all scores." if of_dino else ""
 
 
 def _spread(found: list[AttentionPicture]) -> str:
@@ -150,4 +160,7 @@ def _patch_section(run: Run, encoder: Encoder, images: Tensor) -> Section:
         "each alone as brightness. What looks alike, in one image or in two, is alike for the encoder. They hold "
         f"{first}, {second} and {third} of the variance."
     )
+    rows, columns = found.values.shape[1:3]
+    note += f" {images.shape[-1]} pixels are {rows} x {columns} patches{FEW_PATCHES if rows * columns <= 16 else ''}."
+    note += _whose(run)
     return Section(run.name, note, draw_patch_components(found))

@@ -64,6 +64,7 @@ def test_pictures_are_by_their_own_largest_value_and_tell_how_wide_it_is() -> No
     assert pixels(peaked.image)[1, 4] == 255 and np.count_nonzero(pixels(peaked.image) > 128) == 1
     assert even.patches == 24 and even.on_patches == pytest.approx(24 / 27) and even.spread == pytest.approx(24)
     assert 1 <= peaked.spread < 12
+    assert even.least == pytest.approx(1) and even.most == pytest.approx(1) and peaked.least < 1 < 2 < peaked.most < 24
 
 
 def test_one_line_where_there_is_nothing_to_see() -> None:

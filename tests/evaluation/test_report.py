@@ -208,6 +208,8 @@ def test_encoders_of_other_kinds_show_their_patches_and_say_why_not_more(
     page = Page(report([tmp_path]).read_text())
     assert "No attention of a class token: timm:test_convnext has no class token." in page.words
     assert page.tags["img"] == 6 * 5 + 8 * 6 and "What the patches say" in page.words
+    assert "64 pixels are 2 x 2 patches: too few to show shapes" in page.words
+    assert "The encoder shown is the teacher's" in page.words
     assert "How far and how widely" not in page.words and "Where the features come from" not in page.words
 
 
