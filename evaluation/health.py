@@ -183,7 +183,7 @@ def _dino(run: Run) -> Health:
     entropy, kl = newest(run, "train/teacher_entropy"), newest(run, "train/kl")
     used, spread = newest(run, "train/prototypes_used"), newest(run, "train/feature_std")
     if rows < ROWS:
-        return _early(run, early)
+        return _early(run, settled(run, 40))
     told, divergence = math.log(max(used, 1e-9)) - entropy, run.metrics["train/kl"]
     course = run.metrics["train/prototypes_used"][-ROWS:]
     in_use = f"{used:,.{1 if used < 10 else 0}f} of {k:,} prototypes are in use"
@@ -216,7 +216,7 @@ def _dino(run: Run) -> Health:
     if done and entropy + kl > most + 1:
         return _ill("diverging", f"The loss, {entropy + kl:.2f}, is above that of a student that guesses, {most:.2f}.")
     if not done:
-        return _early(run, early)
+        return _early(run, settled(run, 40))
     if used < 6 and course[-1] <= course[0] and images >= 8:
         if run.max_steps is not None and step >= run.max_steps:
             return _ill("one point", f"Only {in_use}.")

@@ -54,7 +54,7 @@ def judge(run: Run) -> Verdict:
     else:
         details = [_progress(run), health.reason, *health.advice]
         if health.state != "early" and by_medians(run):
-            details.insert(2, f"Numbers here are the medians of the last {ROWS} rows of metrics.csv.")
+            details.insert(2, f"These are medians of the last {ROWS} rows of metrics.csv.")
     scored = [probe for probe in PROBE_NAMES if probe in run.results]
     above = [compare(run.results, probe) for probe in scored if not no_verdict(run.results[probe])]
     details += [*_shared(run.results), *(comparison.text for comparison in above)]

@@ -156,7 +156,7 @@ def test_dino_is_given_time() -> None:
     first = {name: column[:10] for name, column in dino(256, 250, 25, **flat).metrics.items()}  # up to step 42
     whole = dino(256, 250, 25, **flat)
     early = judge_health(run(whole.config, first))
-    assert early.state == "early" and "after step 45" in early.reason and not early.ill
+    assert early.state == "early" and "after step 65" in early.reason and not early.ill
     assert state(whole) == "uniform"
     whole.config["model"]["init_args"]["freeze_last_layer_epochs"] = 9.5  # of 10
     assert state(whole) == "early"
