@@ -60,13 +60,13 @@ def doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _sections(arguments: argparse.Namespace, rest: list[str], gpu: GPU | None) -> Iterator[Section]:
     given = {word.partition("=")[0] for word in rest}
     if not rest:
-        yield "This machine", machine(Path.cwd())
+        yield "This machine", machine(None)
         return
     stand_ins = [word for name in ("--output", "--data.train") if name not in given for word in (name, "unnamed")]
     cli, config = parse([*rest, *stand_ins])
     check(config)
     fill_in(config)
-    yield "This machine", machine(Path(config.output))
+    yield "This machine", machine(Path(config.output) if "--output" in given else None)
     parts = instantiate(cli, config)
     run = _Run(cli, config, parts.model, parts.data, gpu, arguments, "--data.train" in given)
     yield "The data", run.of_data()

@@ -19,8 +19,8 @@ FEWEST_FILES = 1024
 """A rank has up to lanes x (window + 1) shards open, and a socket for each worker."""
 
 
-def machine(output: Path) -> Iterator[Finding]:
-    """What is here; `output`: the folder that a run would write to."""
+def machine(output: Path | None) -> Iterator[Finding]:
+    """What is here; `output`: the folder that a run would write to, None: it has no name yet."""
     names = ("torch", "lightning", "timm", "webdataset")
     yield Finding("ok", f"Python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in names))
     missing = [f"{name} ({use})" for name, use in EXTRAS.items() if importlib.util.find_spec(name) is None]
@@ -33,11 +33,14 @@ def machine(output: Path) -> Iterator[Finding]:
         yield Finding("ok", f"GPU {i}: {properties.name}, {properties.total_memory / GIB:.1f} GiB")
     if not torch.cuda.is_available():
         yield Finding("note", "no GPU that torch can use: a run on this machine trains on the CPU")
-    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    wanted = (output or Path.cwd()).absolute()
+    place = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         yield Finding("wrong", f"{place} cannot be written to: name another --output")
     else:
-        yield Finding("ok", f"{shutil.disk_usage(place).free / GIB:,.0f} GiB free for {output}")
+        yield Finding(
+            "ok", f"{shutil.disk_usage(place).free / GIB:,.0f} GiB free for {output or 'a run in this folder'}"
+        )
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < min(FEWEST_FILES, most):
         yield Finding("wrong", f"only {files} files may be open at once: ulimit -n {FEWEST_FILES}")

@@ -120,8 +120,14 @@ class EncoderConfig:
                 raise TaskError(f"encoder.arch {self.arch} fixes width, depth and heads: leave them out")
             return
         width, depth, heads = self.size
-        if min(self.image_size, self.patch_size, self.in_chans, width, depth, heads) < 1 or self.registers < 0:
-            raise TaskError("encoder sizes (image_size, patch_size, in_chans, width, depth, heads) must be positive")
+        sizes = {
+            "image_size": self.image_size, "patch_size": self.patch_size, "in_chans": self.in_chans, "width": width,
+            "depth": depth, "heads": heads,
+        }  # fmt: skip
+        if wrong := [f"encoder.{name} {size}" for name, size in sizes.items() if size < 1]:
+            raise TaskError(f"{' and '.join(wrong)} must be positive")
+        if self.registers < 0:
+            raise TaskError(f"encoder.registers {self.registers} cannot be negative: 0 is none, DINOv2 has 4")
         if self.image_size % self.patch_size:
             raise TaskError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
         if width % heads:

@@ -20,6 +20,7 @@ def test_the_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:
     code, said = doctor(capsys)
     assert "Python 3." in said and "torch " in said and re.search(r"\d+ CPU cores .* GiB memory", said)
     assert code == 0 and said.endswith("nothing wrong was found\n")
+    assert "GiB free for a run in this folder" in said
 
 
 def test_a_run_on_gpus_that_are_not_here(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +95,17 @@ def test_what_a_start_refuses_is_told_beforehand(
     refusal = capsys.readouterr().err.splitlines()[-1].removeprefix("trivit: ")
     code, said = doctor(capsys, *options, "--gpu", "h100")
     assert told in refusal and code == 1 and f"  wrong  {refusal}\n" in said and "1 to mend" in said
+
+
+def test_how_many_gpus_koleo_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    """No --output was given: its stand-in is not told."""
+    koleo = [*SMALL_DINO, "--data.global_batch_size", 32, "--data.device_batch_size", 4, "--model.koleo_weight", 0.1]
+    code, said = doctor(capsys, *koleo, "--nodes", 2, "--gpus-per-node", 2, "--gpu", "h100")
+    assert code == 1 and "raise data.device_batch_size to 8, use 8 devices instead of 4, or go without" in said
+    assert "GiB free for a run in this folder" in said and "unnamed" not in said
+    for remedy in (["--data.device_batch_size", 8], ["--nodes", 4]):
+        code, said = doctor(capsys, *koleo, "--nodes", 2, "--gpus-per-node", 2, "--gpu", "h100", *remedy)
+        assert code == 0, said
 
 
 def test_a_batch_of_clip_on_more_ranks_is_whole_again(capsys: pytest.CaptureFixture[str]) -> None:

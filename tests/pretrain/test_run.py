@@ -55,7 +55,9 @@ def test_a_run_leaves_what_the_contract_names(
 
     assert pretrain(*small, "--output", run) == 0
     said = capsys.readouterr().out
-    assert "is finished (8 steps)" in said and f"next: trivit evaluate {run} --train DIR --test DIR" in said
+    assert "is finished (8 steps)" in said
+    assert f"next: trivit evaluate {run} --train DIR --test DIR (labelled images); without labels: " in said
+    assert said.strip().endswith(f"trivit report {run}")
     assert len(written_losses(run)) == 8
 
 

@@ -29,7 +29,8 @@ def test_another_image_size_keeps_the_evaluation_crop():
         ({"class_token": False, "pool": "cls"}, "class token"),
         ({"drop_path": 1.0}, "drop_path"),
         ({"mean": (0.5,)}, "in_chans"),
-        ({"patch_size": 0}, "positive"),
+        ({"patch_size": 0}, "^encoder.patch_size 0 must be positive"),
+        ({"registers": -1}, "^encoder.registers -1 cannot be negative"),
         ({"arch": "timm:resnet18", "depth": 3}, "fixes width, depth and heads"),
     ],
 )
