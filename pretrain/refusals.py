@@ -1,6 +1,5 @@
 """What ends a run before its first step and can be known without its data: before a folder of images is packed."""
 
-import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ from datamodules.errors import DataError
 from datamodules.shard_datamodule import ShardDataModule
 from pretrain.checks import check_parts, check_sizes
 from pretrain.errors import RunError
-from pretrain.run_directory import srun_started
+from pretrain.run_directory import launched_ranks
 from tasks.errors import TaskError
 from tasks.task import PretrainTask
 
@@ -60,9 +59,8 @@ def trainer_to_be(settings: Namespace, data: ShardDataModule, ranks: int) -> Sim
 
 def expected_ranks(settings: Namespace) -> int | None:
     """How many there will be, as far as launcher and settings tell before the Trainer is built."""
-    started = os.environ.get("WORLD_SIZE") or (srun_started() and os.environ.get("SLURM_STEP_NUM_TASKS"))
-    if started:
-        return int(started)
+    if (started := launched_ranks()) is not None:
+        return started
     if isinstance(settings.devices, int) and settings.devices > 0:
         return settings.devices * int(settings.num_nodes)
     no_gpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()

@@ -5,7 +5,6 @@ Read `train` from top to bottom: it is the whole life of a run.
 
 import contextlib
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -46,7 +45,7 @@ from pretrain.probe_watch import ProbeWatch
 from pretrain.progress import Progress
 from pretrain.rank_watch import RankWatch
 from pretrain.refusals import refuse
-from pretrain.run_directory import RunDirectory, flatten, launched_rank, srun_started
+from pretrain.run_directory import RunDirectory, flatten, launched_rank, launched_ranks, srun_started
 from pretrain.same_data import SameData
 from pretrain.stop import StopRequest
 from pretrain.vocabulary import vocabulary_of_the_run
@@ -211,9 +210,8 @@ def _trainer(
 
 
 def _lay_out(trainer: Trainer, task: PretrainTask, data: ShardDataModule, stop: StopRequest) -> None:
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") if srun_started() else None
-    started = int(os.environ.get("WORLD_SIZE") or tasks or trainer.world_size)
-    if started != trainer.world_size:
+    started = launched_ranks()
+    if started is not None and started != trainer.world_size:
         raise RunError(
             f"{started} processes were started, but trainer.devices and trainer.num_nodes make {trainer.world_size}; "
             "set --trainer.devices to the processes of a node, --trainer.num_nodes, and --trainer.strategy ddp"

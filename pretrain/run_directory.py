@@ -151,6 +151,13 @@ def srun_started() -> bool:
     return "SLURM_NTASKS" in os.environ and not interactive and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
+def launched_ranks() -> int | None:
+    """How many processes torchrun or srun has started; None where neither did, or it does not say."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") if srun_started() else None
+    started = os.environ.get("WORLD_SIZE") or tasks
+    return int(started) if started else None
+
+
 def _number(name: str) -> int | None:
     """Of the environment; None where there is none."""
     value = os.environ.get(name, "")
