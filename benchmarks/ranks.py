@@ -41,7 +41,7 @@ def measure(rounds: int = 1) -> list[Row]:
                 both = [_start(config, data, place / f"apart{i}", 1, BATCH // 2) for i in range(2)]
                 apart.append(sum(_finish(each)[0] for each in both))
             told, ideal = f"{config}, 2 ranks against 2 x 1", [2 * rate for rate in alone]
-            row = compared("ranks", told, "images/s", two, ideal, "two processes that need not talk")
+            row = compared("ranks", told, "images/s", two, ideal, "one process, twice")
             share, reached = statistics.median(waiting), statistics.median(apart) / row.baseline
             note = f"{share:.1%} of the time waits for gradients; two runs apart reach {reached:.2f}"
             rows.append(replace(row, note=note))
